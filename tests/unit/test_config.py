@@ -1,0 +1,138 @@
+"""Profiles: overriding, precedence and hashing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from utils.config import (
+    PROFILES,
+    ConfigError,
+    DataConfig,
+    ReinforceConfig,
+    config_hash,
+    flatten,
+    known_fields,
+    load_profile,
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("REPORT_PROFILE", raising=False)
+
+
+def test_the_default_is_quick():
+    assert load_profile() is PROFILES["quick"]
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("quik", "quick"), ("smok", "smoke")])
+def test_an_unknown_profile_names_the_near_ones(typed: str, meant: str):
+    with pytest.raises(ConfigError, match=meant):
+        load_profile(typed)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("reinforce.step", "reinforce.steps"),
+        ("learning_rat", "learning_rate"),
+        ("temperature", "reinforce.temperature"),
+        ("name", "name"),  # a profile keeps its name
+    ],
+)
+def test_an_unknown_field_names_the_near_ones(typed: str, meant: str):
+    with pytest.raises(ConfigError, match="unknown field") as caught:
+        load_profile("quick", {typed: 1})
+    assert meant in str(caught.value)
+
+
+def test_overrides_change_their_field_alone():
+    changed = load_profile("quick", {"reinforce.steps": 5, "seed": 3, "reward.epochs": 2})
+    assert (changed.reinforce.steps, changed.seed, changed.reward.epochs) == (5, 3, 2)
+    before, after = flatten(PROFILES["quick"]), flatten(changed)
+    assert {key for key in before if before[key] != after[key]} == {
+        "reinforce.steps",
+        "seed",
+        "reward.epochs",
+    }
+
+
+def test_a_list_becomes_a_tuple_where_the_field_is_one():
+    changed = load_profile("quick", {"evaluation.sft_temperatures": [0.3]})
+    assert changed.evaluation.sft_temperatures == (0.3,)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("reinforce.steps", 2.5),
+        ("reinforce.steps", True),
+        ("reinforce.temperature", "0.7"),
+        ("reinforce.baseline", 3),
+    ],
+)
+def test_a_value_of_another_type_is_refused(field: str, value: object):
+    with pytest.raises(ConfigError, match=field):
+        load_profile("quick", {field: value})
+
+
+def test_the_environment_wins_over_the_argument(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("REPORT_PROFILE", "smoke")
+    assert load_profile("quick").name == "smoke"
+    assert load_profile().name == "smoke"
+    monkeypatch.setenv("REPORT_PROFILE", "")
+    assert load_profile("cpu").name == "cpu"
+
+
+def test_the_hash_is_stable_and_sensitive():
+    fields = flatten(PROFILES["quick"])
+    reordered = dict(reversed(fields.items()))
+    assert config_hash(fields) == config_hash(reordered)
+    assert config_hash({"a": 1}) == "015abd7f5cc57a2d"  # the same on every machine and release
+    for name, value in fields.items():
+        assert config_hash(fields) != config_hash({**fields, name: f"not {value}"}), name
+
+
+def test_every_field_is_flattened_once():
+    names = known_fields(PROFILES["quick"])
+    assert len(names) == len(set(names))
+    assert set(names) == set(flatten(PROFILES["quick"]))
+    assert "reinforce.beta" in names
+
+
+def test_rloo_needs_two_samples_per_prompt():
+    with pytest.raises(ConfigError, match="num_generations"):
+        ReinforceConfig(baseline="rloo", num_generations=1)
+    assert ReinforceConfig(baseline="rloo", num_generations=2).num_generations == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("reinforce.baseline", "mean"),
+        ("reinforce.temperature", 0.0),
+        ("reinforce.steps", 0),
+        ("reward.micro_groups", 3),
+        ("model.quantization", "int8"),
+        ("data.source", "web"),
+        ("data.rating_high", 1.0),
+    ],
+)
+def test_a_value_out_of_range_names_its_field(field: str, value: object):
+    with pytest.raises(ConfigError, match=field):
+        load_profile("quick", {field: value})
+
+
+def test_a_path_goes_with_the_source_file_only():
+    with pytest.raises(ConfigError, match="path"):
+        DataConfig(source="file")
+    assert DataConfig(source="file", path="pairs.jsonl").path == "pairs.jsonl"
+
+
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
+def test_profiles_are_frozen_and_named_after_their_key(profile):
+    assert PROFILES[profile.name] is profile
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        profile.seed = 1

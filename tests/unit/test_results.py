@@ -1,0 +1,263 @@
+"""Runs on disk: what survives a full disk or a kill, and when a run is used again."""
+
+import errno
+import json
+
+import pytest
+
+from utils.config import PROFILES, flatten
+from utils.results import (
+    GLOSSARY,
+    ResultsError,
+    Run,
+    append_csv,
+    atomic_write,
+    prepare,
+    read_json,
+    read_jsonl,
+    runs_dir,
+    write_json,
+    write_jsonl,
+)
+
+CONFIG = {"seed": 0, "reward.epochs": 1.0}
+
+
+def start(directory, config=CONFIG):
+    return Run(directory, config, seed=0, data_fingerprint="f" * 16)
+
+
+def full_disk(path):
+    path.write_text("half of")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def full_disk_in_a_folder(path):
+    path.mkdir()
+    (path / "weights").write_text("half of")
+    # safetensors and torch wrap the system's error in their own
+    raise RuntimeError("Error while serializing: No space left on device (os error 28)")
+
+
+# Writing
+
+
+@pytest.mark.parametrize("write", [full_disk, full_disk_in_a_folder])
+def test_a_full_disk_keeps_the_old_file(tmp_path, write):
+    path = tmp_path / "run.json"
+    path.write_text("old")
+    with pytest.raises(ResultsError, match=r"the disk is full: run.json .* last version was kept"):
+        atomic_write(path, write)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"], "a partial file is left"
+
+
+def test_a_full_disk_keeps_the_old_folder(tmp_path):
+    path = tmp_path / "adapter"
+    path.mkdir()
+    (path / "weights").write_text("old")
+    with pytest.raises(ResultsError, match="the disk is full"):
+        atomic_write(path, full_disk_in_a_folder)
+    assert (path / "weights").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_another_error_is_not_called_a_full_disk(tmp_path):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with pytest.raises(PermissionError):
+        atomic_write(tmp_path / "run.json", refuse)
+
+
+def test_a_kill_leaves_the_old_file_and_the_next_write_tidies_up(tmp_path):
+    def killed(path):
+        path.write_text("half of")
+        raise KeyboardInterrupt
+
+    path = tmp_path / "deep" / "run.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(KeyboardInterrupt):
+        atomic_write(path, killed)
+    assert read_json(path) == {"a": 1}
+    write_json(path, {"a": 2})
+    assert read_json(path) == {"a": 2}
+    assert [p.name for p in path.parent.iterdir()] == ["run.json"]
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    for name in ("first", "second"):
+
+        def write(path, name=name):
+            path.mkdir()
+            (path / name).write_text(name)
+
+        atomic_write(tmp_path / "adapter", write)
+    assert [p.name for p in (tmp_path / "adapter").iterdir()] == ["second"]
+
+
+# Reading
+
+
+@pytest.mark.parametrize("content", [b"", b'{"status": "fini', b"\xff\xfe\x00"])
+def test_a_damaged_run_json(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(ResultsError, match=r"run\.json is cut short or damaged"):
+        read_json(tmp_path / "run.json")
+
+
+def test_a_missing_run_json(tmp_path):
+    with pytest.raises(ResultsError, match=r"run\.json is missing"):
+        read_json(tmp_path / "run.json")
+
+
+def test_samples_round_trip(tmp_path):
+    texts = ["Grüße, 世界 🙂", 'a "quote"\nand\ta line', "\u2028 \x85 \x1c \r\n", ""]
+    rows = [{"text": text, "reward": 0.5, "finished": True} for text in texts]
+    write_jsonl(tmp_path / "samples.jsonl", rows)
+    assert read_jsonl(tmp_path / "samples.jsonl") == rows
+    raw = (tmp_path / "samples.jsonl").read_bytes()
+    assert "Grüße, 世界".encode() in raw, "readable text, not escapes"
+    assert raw.count(b"\n") == len(rows)
+    write_jsonl(tmp_path / "none.jsonl", [])
+    assert read_jsonl(tmp_path / "none.jsonl") == []
+
+
+# Runs
+
+
+def test_a_run_records_where_it_came_from(tmp_path):
+    run = start(tmp_path / "a")
+    run.finish(note="done")
+    info = read_json(tmp_path / "a" / "run.json")
+    assert info["status"] == "finished"
+    assert info["note"] == "done"
+    assert info["config"] == CONFIG
+    assert {"torch", "trl", "peft"} <= set(info["versions"])
+    assert {"device", "python", "git_commit", "git_dirty", "seconds"} <= set(info)
+    assert 0.05 < info["peak_rss_gb"] < 100
+    assert str(tmp_path) not in json.dumps(info)
+
+
+def test_a_continued_run_adds_up_its_time(tmp_path):
+    run = start(tmp_path / "a")
+    run.save()
+    write_json(tmp_path / "a" / "run.json", run.info | {"seconds": 100.0})
+    again = start(tmp_path / "a")
+    again.save()
+    assert again.info["seconds"] >= 100
+    assert again.info["started"] == run.info["started"]
+
+
+def test_an_unknown_metric_is_refused(tmp_path):
+    with pytest.raises(ResultsError, match=r"glossary.*rewrd"):
+        start(tmp_path / "a").log({"step": 1, "rewrd": 0.5})
+    assert not (tmp_path / "a" / "metrics.csv").exists()
+
+
+def test_the_header_is_written_once(tmp_path):
+    path = tmp_path / "metrics.csv"
+    append_csv(path, {"step": 1, "loss": 0.12345678, "eval_kl": None})
+    append_csv(path, {"step": 2, "loss": 1e-9, "eval_kl": 3})
+    assert path.read_text() == "step,loss,eval_kl\n1,0.123457,\n2,1e-09,3\n"
+
+
+def test_an_empty_file_still_gets_its_header(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.touch()  # what a full disk leaves behind
+    append_csv(path, {"step": 1, "loss": 2.0})
+    assert path.read_text() == "step,loss\n1,2\n"
+
+
+HEAD = "step,loss,kl\n"
+ROWS = ["1,0.5,0.1\n", "2,0.4,0.2\n", "3,0.3,0.3\n"]
+
+
+@pytest.mark.parametrize(
+    ("text", "step", "left"),
+    [
+        (HEAD + "".join(ROWS), 2, HEAD + "".join(ROWS[:2])),
+        (HEAD + "".join(ROWS), 0, HEAD),
+        (HEAD + "".join(ROWS), 9, HEAD + "".join(ROWS)),
+        (HEAD + ROWS[0] + "2,0.4", 2, HEAD + ROWS[0]),  # torn
+        (HEAD + ROWS[0] + "2,0.4,0.", 2, HEAD + ROWS[0]),  # torn within the last value
+        (HEAD + ROWS[0] + "2,0.4" + ROWS[2], 3, HEAD + ROWS[0]),  # torn, then appended to
+        ("step,lo", 2, None),  # torn within the header
+        ("", 2, None),
+        (None, 2, None),
+    ],
+)
+def test_rewind(tmp_path, text, step, left):
+    run = start(tmp_path / "a")
+    path = tmp_path / "a" / "metrics.csv"
+    if text is not None:
+        path.write_text(text)
+    run.rewind(step)
+    assert (path.read_text() if path.exists() else None) == left
+    run.log({"step": step + 1, "loss": 0.25, "kl": 0.5})
+    assert path.read_text() == (left or HEAD) + f"{step + 1},0.25,0.5\n"
+    assert run.metrics().step.iloc[-1] == step + 1
+
+
+def test_every_metric_has_one_line_of_meaning():
+    assert all(text and "\n" not in text for text in GLOSSARY.values())
+
+
+def test_runs_are_kept_by_profile():
+    assert runs_dir(PROFILES["quick"]).parts[-2:] == ("runs", "quick")
+
+
+# New, resume or reuse
+
+
+def test_prepare_new_resume_reuse(tmp_path, capsys):
+    directory = tmp_path / "reward"
+    assert prepare(directory, CONFIG) == "new"
+    run = start(directory)
+    assert prepare(directory, CONFIG) == "resume"
+    assert "[reward] unfinished" in capsys.readouterr().out
+    run.finish()
+    assert prepare(directory, CONFIG) == "reuse"
+    out = capsys.readouterr().out
+    assert "[reward] reuse" in out
+    assert run.info["config_hash"] in out
+
+
+def test_a_different_configuration_is_never_reused(tmp_path, capsys):
+    directory = tmp_path / "reward"
+    run = start(directory)
+    run.finish()
+    changed = CONFIG | {"reward.epochs": 2.0, "reward.new": True}
+    assert prepare(directory, changed) == "new"
+    out = capsys.readouterr().out
+    assert "reward.epochs: was 1.0, now 2.0" in out
+    assert "reward.new: was None, now True" in out
+    assert "seed" not in out, "fields that agree are not printed"
+    assert not directory.exists()
+    aside = tmp_path / f"reward@{run.info['config_hash']}"
+    assert read_json(aside / "run.json")["config"] == CONFIG
+
+
+def test_nothing_that_was_set_aside_is_deleted(tmp_path):
+    directory = tmp_path / "reward"
+    for number, config in enumerate((CONFIG, {"seed": 1}, CONFIG, {"seed": 1}, CONFIG)):
+        assert prepare(directory, config) == "new"
+        start(directory, config).finish(number=number)
+    numbers = {read_json(p / "run.json")["number"] for p in tmp_path.iterdir()}
+    assert numbers == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("content", ['{"status": "fini', "[]", '{"status": "finished"}'])
+def test_a_damaged_run_is_set_aside(tmp_path, capsys, content):
+    directory = tmp_path / "reward"
+    directory.mkdir()
+    (directory / "run.json").write_text(content)
+    assert prepare(directory, CONFIG) == "new"
+    assert "damaged" in capsys.readouterr().out
+    assert (tmp_path / "reward@damaged" / "run.json").read_text() == content
+
+
+def test_a_profile_survives_the_way_to_disk(tmp_path):
+    config = flatten(PROFILES["quick"])
+    start(tmp_path / "a", config).finish()
+    assert prepare(tmp_path / "a", config) == "reuse"

@@ -1,0 +1,242 @@
+"""The notebook runner, on tiny notebooks in a folder of their own."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from utils.publish import clean, code_hash, publish
+from utils.run import REPO, main
+
+TWO_PLUS_TWO = "print('[demo] step 1/2')\nprint('quiet')\n2 + 2"
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("REPORT_PROFILE", raising=False)
+
+
+def write_notebook(root: Path, name: str, *sources: str) -> Path:
+    path = root / "notebooks" / name
+    path.parent.mkdir(exist_ok=True)
+    (root / "utils").mkdir(exist_ok=True)
+    cells = [new_markdown_cell("# A title\n\nProse.")] + [new_code_cell(s) for s in sources]
+    nbformat.write(new_notebook(cells=cells), path)
+    return path
+
+
+def executed(root: Path, name: str, folder: str = "notebooks") -> nbformat.NotebookNode:
+    return nbformat.read(root / "runs" / "smoke" / folder / name, as_version=4)
+
+
+def text_of(notebook: nbformat.NotebookNode) -> str:
+    outputs = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
+    return json.dumps(outputs)
+
+
+def test_a_sequence(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Order, environment, progress, cost, scrubbed paths; the notebooks are not changed."""
+    first = write_notebook(
+        tmp_path, "01_first.ipynb", "import os, pathlib\npathlib.Path('mark').write_text('1')"
+    )
+    second = write_notebook(
+        tmp_path,
+        "02_second.ipynb",
+        "import os, pathlib\nprint(pathlib.Path('mark').read_text(), os.environ['REPORT_PROFILE'])",
+        "print(pathlib.Path.cwd())\nprint(pathlib.Path.home() / 'thing')\n" + TWO_PLUS_TWO,
+    )
+    before = {path: path.read_bytes() for path in (first, second)}
+
+    assert main(["--profile", "smoke"], root=tmp_path) == 0
+
+    shown = capsys.readouterr().out
+    assert shown.index("01_first (1 of 2)") < shown.index("02_second (2 of 2)")
+    assert "cell 2/2  A title" in shown
+    assert "[demo] step 1/2" in shown
+    assert "quiet" not in shown
+    assert {path: path.read_bytes() for path in before} == before
+
+    notebook = executed(tmp_path, "02_second.ipynb")
+    outputs = text_of(notebook)
+    assert "1 smoke" in outputs
+    assert str(tmp_path) not in outputs
+    assert str(Path.home()) + "/" not in outputs
+    assert "~/thing" in outputs
+    assert [cell.execution_count for cell in notebook.cells[1:]] == [1, 2]
+    assert notebook.metadata.report["profile"] == "smoke"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", notebook.metadata.report["executed"])
+    assert not any("execution" in cell.metadata for cell in notebook.cells)
+
+    cost = json.loads((tmp_path / "runs/smoke/cost.json").read_text())
+    assert list(cost) == ["01_first", "02_second"]
+    assert cost["01_first"]["seconds"] > 0
+    assert 0.01 < cost["01_first"]["peak_rss_gb"] < 4
+
+
+def test_a_failing_cell_stops_the_sequence(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write_notebook(tmp_path, "01_bad.ipynb", "print('before')", "raise ValueError('too small')")
+    write_notebook(tmp_path, "02_never.ipynb", "1")
+
+    assert main(["--profile", "smoke"], root=tmp_path) == 1
+
+    shown = capsys.readouterr()
+    assert "01_bad.ipynb, code cell 2 of 2" in shown.err
+    assert "ValueError: too small" in shown.err
+    assert "runs/smoke/failed/01_bad.ipynb" in shown.err
+    assert "02_never" not in shown.out
+    assert "before" in text_of(executed(tmp_path, "01_bad.ipynb", "failed"))
+    assert not (tmp_path / "runs/smoke/notebooks/01_bad.ipynb").exists()
+
+
+def test_an_interrupt_reaches_the_cell(tmp_path: Path):
+    """The cell gets the chance to save its work, and the user is told how to go on."""
+    write_notebook(
+        tmp_path,
+        "01_long.ipynb",
+        "import os, signal, time\ntry:\n    os.kill(os.getppid(), signal.SIGINT)\n"
+        "    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('saved')",
+        "print('not reached')",
+    )
+    code = (
+        "import sys, pathlib; from utils.run import main; "
+        "sys.exit(main(['--profile', 'smoke'], root=pathlib.Path(sys.argv[1])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert done.returncode == 130, done.stderr
+    assert "the same command continues" in done.stderr
+    outputs = text_of(executed(tmp_path, "01_long.ipynb", "failed"))
+    assert "saved" in outputs
+    assert "not reached" not in outputs
+
+
+def test_only_and_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write_notebook(tmp_path, "01_a.ipynb", "1")
+    write_notebook(tmp_path, "02_b.ipynb", "1")
+    assert main(["--profile", "smoke", "--list", "--only", "02"], root=tmp_path) == 0
+    assert capsys.readouterr().out.split() == ["02_b", "-"]
+    assert main(["--profile", "smoke", "--only", "07"], root=tmp_path) == 2
+    assert "01_a, 02_b" in capsys.readouterr().err
+    assert main(["--profile", "smok"], root=tmp_path) == 2
+    assert "smoke, quick" in capsys.readouterr().err
+
+
+def make_run(folder: Path, status: str, value: str) -> None:
+    (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+    (folder / "checkpoint" / "adapter.safetensors").write_text("large")
+    (folder / "run.json").write_text(json.dumps({"status": status, "value": value}))
+    (folder / "metrics.csv").write_text("step\n1\n")
+    (folder / "samples.jsonl").write_text("{}\n")
+
+
+def finished_sequence(root: Path) -> Path:
+    """Lay out what an executed sequence leaves, without a kernel."""
+    path = write_notebook(root, "01_a.ipynb", "x = 1  # one")
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[1].execution_count = 1
+    notebook.cells[1].outputs = [nbformat.v4.new_output("stream", text="made\n")]
+    folder = root / "runs" / "smoke"
+    for kind in ("notebooks", "figures", "tables"):
+        (folder / kind).mkdir(parents=True)
+    nbformat.write(clean(notebook, "smoke", root), folder / "notebooks" / "01_a.ipynb")
+    (folder / "figures" / "curve.svg").write_text("<svg/>")
+    (folder / "tables" / "all.csv").write_text("a\n1\n")
+    (folder / "cost.json").write_text("{}")
+    make_run(folder / "align", "finished", "new")
+    make_run(folder / "broken", "running", "new")
+    return path
+
+
+def test_publish_copies_the_small_files_of_finished_runs(tmp_path: Path):
+    path = finished_sequence(tmp_path)
+    make_run(tmp_path / "results" / "smoke-align", "finished", "old")
+    edited = nbformat.read(path, as_version=4)
+    edited.cells[0].source = "# A better title"
+    nbformat.write(edited, path)
+
+    publish("smoke", tmp_path)
+
+    results = tmp_path / "results"
+    files = {p.relative_to(results).as_posix() for p in results.rglob("*") if p.is_file()}
+    assert files == {
+        "smoke-align/run.json",
+        "smoke-align/metrics.csv",
+        "smoke-align/samples.jsonl",
+        "figures/curve.svg",
+        "tables/all.csv",
+        "smoke-cost.json",
+    }
+    assert json.loads((results / "smoke-align/run.json").read_text())["value"] == "new"
+    published = nbformat.read(path, as_version=4)
+    assert published.cells[0].source == "# A better title"
+    assert "made" in text_of(published)
+    report = published.metadata.report
+    assert report["code_hash"] == code_hash(published, tmp_path / "utils")
+
+
+def test_publish_refuses_outputs_of_other_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    finished_sequence(tmp_path)
+    (tmp_path / "utils" / "new.py").write_text("x = 1\n")
+    assert main(["--profile", "smoke", "--publish"], root=tmp_path) == 1
+    assert "01_a.ipynb" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_publish_needs_an_execution(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write_notebook(tmp_path, "01_a.ipynb", "1")
+    assert main(["--profile", "smoke", "--publish"], root=tmp_path) == 1
+    assert "nothing to publish" in capsys.readouterr().err
+
+
+def hash_of(folder: Path, module: str, cell: str = "x = 1") -> str:
+    (folder / "module.py").write_text(module)
+    return code_hash(new_notebook(cells=[new_code_cell(cell)]), folder)
+
+
+def test_the_code_hash_sees_code_alone(tmp_path: Path):
+    plain = hash_of(tmp_path, "def f(x):\n    return x + 1\n")
+    documented = '"""Module."""\n\n# why\ndef f(x):\n    """Add."""\n    return (x\n        + 1)\n'
+    assert hash_of(tmp_path, documented) == plain
+    assert hash_of(tmp_path, "def f(x):\n    return x + 2\n") != plain
+    assert hash_of(tmp_path, "def f(x):\n    return x + 1\n", "x = 2") != plain
+    assert hash_of(tmp_path, "def f(x):\n    return x + 1\n", "x = 1  # one") == plain
+    (tmp_path / "widgets.py").write_text("y = 1\n")
+    assert hash_of(tmp_path, "def f(x):\n    return x + 1\n") == plain
+    (tmp_path / "other.py").write_text("y = 1\n")
+    assert hash_of(tmp_path, "def f(x):\n    return x + 1\n") != plain
+
+
+def test_clean_removes_widgets_and_paths_but_keeps_images(tmp_path: Path):
+    picture = f"AAAA{tmp_path}/BBBB"  # stands for base64 that happens to hold a path
+    widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}}
+    cell = new_code_cell("x")
+    cell.outputs = [
+        nbformat.v4.new_output("display_data", {**widget, "text/plain": "Box()"}),
+        nbformat.v4.new_output("display_data", {**widget, "text/html": "<b>1</b>"}),
+        nbformat.v4.new_output("display_data", {"image/png": picture}),
+        nbformat.v4.new_output("stream", text=f"{tmp_path}/runs/a {tmp_path} {tmp_path}-b\n"),
+    ]
+    notebook = new_notebook(cells=[cell], metadata={"widgets": {"state": {}}})
+    (tmp_path / "utils").mkdir()
+
+    outputs = clean(notebook, "smoke", tmp_path).cells[0].outputs
+
+    assert "widgets" not in notebook.metadata
+    assert [out.get("data") for out in outputs[:2]] == [
+        {"text/html": "<b>1</b>"},
+        {"image/png": picture},
+    ]
+    assert outputs[2].text == f"runs/a . {tmp_path}-b\n"

@@ -1,0 +1,83 @@
+"""Checkpoints of a REINFORCE run: adapter, optimiser, baseline, step.
+
+The prompt order and the sampling noise are functions of seed and step, so a checkpoint needs no
+random state: a resumed run draws what the unbroken one would have drawn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+
+from utils.estimator import Baseline
+from utils.results import atomic_write
+
+KEPT = 2
+
+
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    policy: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    baseline: Baseline,
+) -> None:
+    """Write `checkpoints/step-NNNNNN.pt` in `directory`, atomically, and keep the last two."""
+    state = {
+        "step": step,
+        "adapter": get_peft_model_state_dict(policy),
+        "optimizer": optimizer.state_dict(),
+        "baseline": asdict(baseline) | {"recent": list(baseline.recent)},
+    }
+    atomic_write(_folder(directory) / f"step-{step:06d}.pt", lambda path: torch.save(state, path))
+    for old in _all(directory)[:-KEPT]:
+        old.unlink()
+
+
+def load_checkpoint(
+    directory: Path, policy: PeftModel, optimizer: torch.optim.Optimizer, baseline: Baseline
+) -> int:
+    """Restore the newest readable checkpoint in place and return its step; 0 if there is none.
+
+    One that cannot be read (a disk that lost power, a copy cut short) is named and removed, and
+    the one before it is tried.
+    """
+    for path in reversed(_all(directory)):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            print(f"[{directory.name}] {path.name} is damaged and was removed: {reason}")
+            path.unlink()
+            continue
+        set_peft_model_state_dict(policy, state["adapter"])
+        optimizer.load_state_dict(state["optimizer"])
+        for name, value in state["baseline"].items():
+            setattr(baseline, name, type(baseline.recent)(value) if name == "recent" else value)
+        print(f"[{directory.name}] goes on after step {state['step']}")
+        return state["step"]
+    return 0
+
+
+def load_adapter(directory: Path, policy: PeftModel) -> None:
+    """Load the adapter of the newest checkpoint into `policy`, for evaluation.
+
+    Raises:
+        FileNotFoundError: if the run has no checkpoint.
+    """
+    newest = _all(directory)
+    if not newest:
+        raise FileNotFoundError(f"{directory.name} has no checkpoint; train the policy first")
+    state = torch.load(newest[-1], map_location="cpu", weights_only=True)
+    set_peft_model_state_dict(policy, state["adapter"])
+
+
+def _folder(directory: Path) -> Path:
+    return directory / "checkpoints"
+
+
+def _all(directory: Path) -> list[Path]:
+    return sorted(_folder(directory).glob("step-*.pt"))

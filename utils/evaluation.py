@@ -1,0 +1,172 @@
+"""Held-out evaluation: paired statistics, text statistics, and policies on the same prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from utils.config import Profile
+from utils.data import Prompt
+from utils.rewards import RewardModel
+from utils.rollout import Rollout, batched_logprobs, sample, sampling_noise
+from utils.weights import encode_prompt
+
+
+def clustered_interval(
+    values: Sequence[float], clusters: Sequence[str], samples: int, seed: int = 0
+) -> dict[str, float]:
+    """Mean with a 95% percentile bootstrap interval that resamples clusters, not rows.
+
+    Several pairs or samples of one prompt are not independent; resampling prompts says how the
+    mean would vary over new prompts (Efron and Tibshirani 1993, chapter 13; Field and Welsh 2007).
+
+    Args:
+        values: one number per row.
+        clusters: the prompt of each row.
+        samples: bootstrap resamples.
+        seed: of the resampling.
+
+    Returns:
+        `value`, `low`, `high` and `n`, the number of rows.
+    """
+    frame = pd.DataFrame({"value": np.asarray(values, dtype=float), "cluster": list(clusters)})
+    totals = frame.groupby("cluster")["value"].agg(["sum", "count"]).to_numpy()
+    picks = np.random.default_rng(seed).integers(0, len(totals), (samples, len(totals)))
+    resampled = totals[picks].sum(axis=1)
+    low, high = np.quantile(resampled[:, 0] / resampled[:, 1], [0.025, 0.975])
+    mean = float(frame["value"].mean())
+    return {"value": mean, "low": float(low), "high": float(high), "n": len(frame)}
+
+
+def distinct_n(texts: Sequence[str], n: int = 2) -> float:
+    """Share of different n-grams among all n-grams of words (Li et al. 2016); NaN if none."""
+    grams = [gram for text in texts for gram in _grams(text, n)]
+    return len(set(grams)) / len(grams) if grams else float("nan")
+
+
+def repetition(text: str, n: int = 4) -> float:
+    """Share of a text's word n-grams that occurred before in it; 0 if it is too short."""
+    grams = _grams(text, n)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def evaluate_policy(
+    policy: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    profile: Profile,
+    temperature: float,
+    reward_models: Mapping[str, RewardModel],
+    reference: bool = True,
+) -> pd.DataFrame:
+    """Sample each prompt, score the completions, and measure the KL to the SFT policy.
+
+    All policies get the same noise, so a difference between two is not one between their dice.
+
+    Args:
+        policy: the policy; for the SFT model, call this inside `disable_adapter()`.
+        tokenizer: the policy's.
+        prompts: held-out prompts.
+        profile: length limit, samples per prompt, seed and batch size.
+        temperature: of this policy; 0 is greedy.
+        reward_models: by name; each gives a column `reward_<name>`, raw.
+        reference: whether the adapter-free model is the reference for the KL; False for a model
+            whose SFT reference is another one.
+
+    Returns:
+        One row per completion.
+    """
+    settings, limit = profile.evaluation, profile.reinforce.max_completion_length
+    batch = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
+    ids = [encode_prompt(tokenizer, prompt.messages) for prompt in batch]
+    noise = sampling_noise(settings.seed, len(batch), limit)
+    rollout = sample(policy, tokenizer, ids, noise, temperature, settings.batch_size)
+    frame = pd.DataFrame(
+        {
+            "prompt_id": [prompt.id for prompt in batch],
+            "category": [prompt.category for prompt in batch],
+            "prompt": [prompt.messages[-1]["content"] for prompt in batch],
+            "response": rollout.texts,
+            "finished": rollout.finished,
+            "length": rollout.lengths().int().tolist(),
+            "repetition": [repetition(text) for text in rollout.texts],
+        }
+    )
+    frame["kl"] = (
+        sequence_kl(policy, tokenizer, rollout, temperature, profile) if reference else np.nan
+    )
+    messages = [prompt.messages for prompt in batch]
+    for name, reward_model in reward_models.items():
+        frame[f"reward_{name}"] = reward_model.score(messages, rollout.texts, rollout.finished)
+    return frame
+
+
+def sequence_kl(
+    policy: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rollout: Rollout,
+    temperature: float,
+    profile: Profile,
+) -> np.ndarray:
+    """Log pi(y) - log pi_ref(y) of each completion, in nats, shape (rows,).
+
+    The reference is the SFT model at the training temperature. A greedy policy gives its own
+    completion probability one.
+    """
+    pad = tokenizer.pad_token_id
+    own = torch.zeros(len(rollout))
+    if temperature > 0:
+        own, _ = batched_logprobs(policy, rollout, temperature, pad)
+    with policy.disable_adapter():
+        reference, _ = batched_logprobs(policy, rollout, profile.reinforce.temperature, pad)
+    return (own - reference).numpy()
+
+
+def compare(frames: Mapping[str, pd.DataFrame], column: str, samples: int) -> pd.DataFrame:
+    """Compare policies with the first on the same prompts.
+
+    Args:
+        frames: rows of `evaluate_policy` by policy; the first is what the others are compared to.
+        column: the reward to compare.
+        samples: bootstrap resamples.
+
+    Returns:
+        One row per policy: mean `column` with its interval, paired difference to the first with
+        its interval (over prompts), win rate (ties half), KL, length, finished share, distinct-2
+        and repetition.
+    """
+    base = next(iter(frames.values()))
+    rows = []
+    for name, frame in frames.items():
+        own = clustered_interval(frame[column], frame["prompt_id"], samples)
+        difference = frame[column].to_numpy() - base[column].to_numpy()
+        paired = clustered_interval(difference, frame["prompt_id"], samples)
+        rows.append(
+            {
+                "policy": name,
+                "reward": own["value"],
+                "reward_low": own["low"],
+                "reward_high": own["high"],
+                "difference": paired["value"],
+                "low": paired["low"],
+                "high": paired["high"],
+                "win_rate": float(np.mean((np.sign(difference) + 1) / 2)),
+                "kl": frame["kl"].mean(),
+                "length": frame["length"].mean(),
+                "finished": frame["finished"].mean(),
+                "distinct_2": distinct_n(frame["response"]),
+                "repetition": frame["repetition"].mean(),
+                "n": own["n"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _grams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = text.split()
+    return list(zip(*(words[i:] for i in range(n)), strict=False))

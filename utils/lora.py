@@ -1,0 +1,104 @@
+"""LoRA with merged weights: one matrix product per layer, forward and backward.
+
+peft adds the low-rank update beside the frozen product, which on a CPU costs more than the product
+itself. Here the update is folded into a 16-bit copy of the weight once per optimiser step, and the
+gradient of the two small factors is computed from the layer's input and output gradient. The model
+that samples, the one that is trained and the one that a reader would deploy with merged adapters
+are then one and the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear as PeftLoraLinear
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_optimizer_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# Fused optimisers write the weights without raising torch's version counters, so those alone
+# would leave the merged weights as they were before the first step.
+register_optimizer_step_post_hook(_count_step)
+
+
+class _MergedLinear(torch.autograd.Function):
+    """y = x W' + bias, W' = W + s B A; gradients for x, A and B (Hu et al. 2021, eq. 3)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        merged: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, merged, a, b)
+        ctx.scaling = scaling
+        return F.linear(x, merged, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, merged, a, b = ctx.saved_tensors
+        grad_x = grad @ merged if ctx.needs_input_grad[0] else None
+        x, grad = x.flatten(0, -2), grad.flatten(0, -2)
+        grad_b = grad.T @ (x @ a.T.to(x.dtype))
+        grad_a = (grad @ b.to(x.dtype)).T @ x
+        grad_a, grad_b = ctx.scaling * grad_a.float(), ctx.scaling * grad_b.float()
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+class MergedLoraLinear(PeftLoraLinear):
+    """peft's LoRA layer with `_MergedLinear` as its forward. No dropout, one adapter.
+
+    The merged weight is remade after any optimiser step and after any other write to a factor,
+    which its address and torch's version counter tell.
+    """
+
+    _merged: Tensor | None = None
+    _made_from: tuple[int, ...] | None = None
+
+    def merged_weight(self) -> Tensor:
+        """Return W + s B A in the dtype of W, shape (out_features, in_features)."""
+        (name,) = self.active_adapters
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        state = (a.data_ptr(), a._version, b.data_ptr(), b._version, _optimizer_steps)
+        if self._made_from != state:
+            weight = self.get_base_layer().weight
+            with torch.no_grad():
+                update = self.scaling[name] * (b @ a)
+                self._merged = (weight.float() + update).to(weight.dtype)
+            self._made_from = state
+        return self._merged
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Apply the layer to `x`, shape (..., in_features); plain W while adapters are disabled."""
+        if self.disable_adapters:
+            base = self.get_base_layer()
+            return F.linear(x, base.weight, base.bias)
+        (name,) = self.active_adapters
+        return _MergedLinear.apply(
+            x,
+            self.merged_weight(),
+            self.get_base_layer().bias,
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            self.scaling[name],
+        )
+
+
+def merged_lora(config: LoraConfig) -> LoraConfig:
+    """Make peft build `MergedLoraLinear` for every plain linear layer (peft's own hook)."""
+    config._register_custom_module({nn.Linear: MergedLoraLinear})
+    return config

@@ -1,0 +1,227 @@
+"""The stages of the report, each made on demand or reused: what the notebooks call.
+
+Every stage has a folder under `runs/<profile>`. A finished one is reused only if the fields of the
+configuration that shaped it are the same; see `utils.results.prepare`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import pandas as pd
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from utils.checkpoints import load_adapter
+from utils.config import Profile, flatten
+from utils.data import PreferenceData, Prompt, drop_long, load_data
+from utils.evaluation import clustered_interval, evaluate_policy
+from utils.models import load_policy
+from utils.reinforce import Monitor, train_policy
+from utils.results import Run, prepare, read_jsonl, runs_dir, write_jsonl
+from utils.reward_evaluation import pair_metrics, scored_responses
+from utils.reward_training import train_reward_model
+from utils.rewards import RewardModel
+from utils.rollout import Rollout
+from utils.weights import encode_dialogue, encode_prompt, load_tokenizer
+
+SCALE_PROMPTS = 128  # training prompts whose SFT samples fix the unit of the reward
+# Which fields shape a stage's artefact, besides the seed and the data's fingerprint.
+REWARD_FIELDS = ("data", "model", "reward", "evaluation")
+SFT_FIELDS = ("data", "model", "reinforce", "evaluation")
+ALIGN_FIELDS = ("data", "model", "reward", "reinforce", "evaluation")
+
+
+@cache
+def prepared_data(profile: Profile) -> PreferenceData:
+    """Load the data and drop what is too long for the profile, counting it."""
+    tokenizer = load_tokenizer(profile.model)
+
+    def count(messages: Any, response: Any) -> int:
+        if response is None:
+            return len(encode_prompt(tokenizer, messages))
+        return len(encode_dialogue(tokenizer, messages, response.text, response.finished))
+
+    data = load_data(profile.data)
+    return drop_long(data, count, profile.data.max_prompt_length, profile.data.max_length)
+
+
+def stage_config(profile: Profile, sections: tuple[str, ...], **extra: Any) -> dict[str, Any]:
+    """Return the configuration fields that shape a stage, with the data's fingerprint."""
+    fields = {
+        name: value
+        for name, value in flatten(profile).items()
+        if name.partition(".")[0] in sections
+    }
+    return fields | {
+        "seed": profile.seed,
+        "data.fingerprint": prepared_data(profile).fingerprint,
+        **extra,
+    }
+
+
+def open_stage(profile: Profile, name: str, config: dict[str, Any]) -> tuple[Run, bool]:
+    """Return the run of a stage and whether it is already finished."""
+    directory = runs_dir(profile) / name
+    state = prepare(directory, config)
+    run = Run(directory, config, profile.seed, config["data.fingerprint"])
+    return run, state == "reuse"
+
+
+@cache
+def reward_stage(kind: str, profile: Profile) -> tuple[RewardModel, Run]:
+    """Train a reward model and score the test pairs, or load both.
+
+    `run.json` then holds `metrics`: the pair accuracies with their intervals and, for ten classes,
+    the likelihood per pair. `samples.jsonl` holds every test response with its score.
+    """
+    data = prepared_data(profile)
+    config = stage_config(profile, REWARD_FIELDS, kind=kind)
+    run, finished = open_stage(profile, f"reward_{kind}", config)
+    if finished:
+        return RewardModel.load(kind, profile, run.directory), run
+    reward_model = train_reward_model(kind, profile, data.groups_of("train"), run)
+    print(f"[{run.directory.name}] scoring the test pairs", flush=True)
+    pairs = data.pairs("test")
+    write_jsonl(run.directory / "samples.jsonl", scored_responses(reward_model, pairs))
+    run.finish(metrics=pair_metrics(run, pairs, profile.evaluation.bootstrap_samples)[1])
+    return reward_model, run
+
+
+@cache
+def sft_stage(profile: Profile) -> Run:
+    """Sample the SFT policy on training prompts: its rewards there are the unit of all rewards."""
+    config = stage_config(profile, SFT_FIELDS)
+    run, finished = open_stage(profile, "sft_training_prompts", config)
+    if not finished:
+        print(f"[{run.directory.name}] sampling the SFT model on training prompts", flush=True)
+        policy, tokenizer = load_sft(profile)
+        prompts = prepared_data(profile).prompts("train")[:SCALE_PROMPTS]
+        temperature = profile.reinforce.temperature
+        single = replace(profile, evaluation=replace(profile.evaluation, samples_per_prompt=1))
+        frame = evaluate_policy(policy, tokenizer, prompts, single, temperature, {})
+        write_jsonl(run.directory / "samples.jsonl", frame.to_dict("records"))
+        run.finish()
+    return run
+
+
+def load_sft(profile: Profile) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load the 4-bit SFT model with its untrained adapter, which is the identity."""
+    settings = profile.reinforce
+    policy = load_policy(profile.model, settings.lora_r, settings.lora_alpha, profile.seed)
+    return policy, load_tokenizer(profile.model)
+
+
+@cache
+def reward_scale(reward_model: RewardModel, profile: Profile) -> tuple[float, float]:
+    """Return mean and standard deviation of the SFT policy's reward on training prompts."""
+    rows = read_jsonl(sft_stage(profile).directory / "samples.jsonl")
+    messages = {prompt.id: prompt.messages for prompt in prepared_data(profile).prompts("train")}
+    rewards = reward_model.score(
+        [messages[row["prompt_id"]] for row in rows],
+        [row["response"] for row in rows],
+        [row["finished"] for row in rows],
+    )
+    return rewards.mean().item(), rewards.std().item()
+
+
+def align_stage(
+    kind: str, profile: Profile, monitor: Monitor | None = None
+) -> tuple[PeftModel, PreTrainedTokenizerBase, Run]:
+    """Align a policy with the reward model of a kind, or load the aligned policy.
+
+    `run.json` then holds `reward_mean` and `reward_std`, the scale of the SFT standard deviation.
+    """
+    policy, tokenizer = load_sft(profile)
+    config = stage_config(profile, ALIGN_FIELDS, kind=kind)
+    run, finished = open_stage(profile, f"align_{kind}", config)
+    if finished:
+        load_adapter(run.directory, policy)
+        return policy, tokenizer, run
+    reward_model, _ = reward_stage(kind, profile)
+    mean, std = reward_scale(reward_model, profile)
+    run.save(reward_mean=mean, reward_std=std)
+
+    def reward_of(batch: list[Prompt], rollout: Rollout) -> torch.Tensor:
+        messages = [prompt.messages for prompt in batch]
+        return (reward_model.score(messages, rollout.texts, rollout.finished) - mean) / std
+
+    data = prepared_data(profile)
+    train_policy(
+        policy,
+        tokenizer,
+        data.prompts("train"),
+        reward_of,
+        profile.reinforce,
+        profile.seed,
+        run,
+        partial(
+            _held_out,
+            *(policy, tokenizer, data.prompts("validation"), profile),
+            *({kind: reward_model}, mean, std),
+        ),
+        monitor,
+    )
+    run.finish()
+    return policy, tokenizer, run
+
+
+def before_and_after(
+    kind: str,
+    profile: Profile,
+    policy: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    prompts: int,
+) -> pd.DataFrame:
+    """Answer the first prompts of a split with adapter off and on, with the same sampling noise.
+
+    Returns:
+        Columns prompt, before, after, reward_before, reward_after, in SFT standard deviations.
+    """
+    reward_model, _ = reward_stage(kind, profile)
+    mean, std = reward_scale(reward_model, profile)
+    chosen = prepared_data(profile).prompts(split)[:prompts]
+    temperature = profile.reinforce.temperature
+    arguments = (policy, tokenizer, chosen, profile, temperature, {kind: reward_model})
+    after = evaluate_policy(*arguments).drop_duplicates("prompt_id", ignore_index=True)
+    with policy.disable_adapter():
+        before = evaluate_policy(*arguments).drop_duplicates("prompt_id", ignore_index=True)
+    return pd.DataFrame(
+        {
+            "prompt": before["prompt"],
+            "before": before["response"],
+            "after": after["response"],
+            "reward_before": (before[f"reward_{kind}"] - mean) / std,
+            "reward_after": (after[f"reward_{kind}"] - mean) / std,
+        }
+    )
+
+
+def _held_out(
+    policy: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    profile: Profile,
+    reward_models: dict[str, RewardModel],
+    mean: float,
+    std: float,
+) -> dict[str, float]:
+    temperature = profile.reinforce.temperature
+    frame = evaluate_policy(policy, tokenizer, prompts, profile, temperature, reward_models)
+    (kind,) = reward_models
+    reward = clustered_interval(
+        (frame[f"reward_{kind}"] - mean) / std,
+        frame["prompt_id"],
+        profile.evaluation.bootstrap_samples,
+    )
+    return {
+        "eval_reward": reward["value"],
+        "eval_reward_low": reward["low"],
+        "eval_reward_high": reward["high"],
+        "eval_kl": float(frame["kl"].mean()),
+        "eval_mean_length": float(frame["length"].mean()),
+    }

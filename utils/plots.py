@@ -1,0 +1,249 @@
+"""Figures of the report: each reads a table or a few arrays, and takes a second or two.
+
+A title may state the finding. Figures stay open in pyplot: a notebook shows them at the end of
+the cell that made them, without naming them on its last line.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from utils import plot_style as look
+from utils.plot_style import COLORS, save_figure, save_table, style
+
+__all__ = ["COLORS", "save_figure", "save_table", "style"]
+SFT_SD = "SFT standard deviations"
+
+
+@style()
+def rating_histograms(frame: pd.DataFrame, title: str = "Ratings by temperature") -> Figure:
+    """Show the ratings 1..10 of `responses_frame` for each temperature, coloured by batch."""
+    keys = frame["temperature"].map("temperature {:.1f}".format, na_action="ignore")
+    groups = dict([*frame.groupby(keys.fillna("~"))])  # "~" sorts last
+    fig, *axes = look.small_multiples(len(groups), title, "rating, 1 to 10", "responses, %")
+    colors = {b: look.policy_color("", i) for i, b in enumerate(sorted(frame["batch"].unique()))}
+    for ax, (name, part) in zip(axes, groups.items(), strict=True):
+        batches = sorted(part["batch"].unique())
+        width = 0.8 / len(batches)
+        for place, batch in enumerate(batches):
+            ratings = part.loc[part["batch"] == batch, "rating"].round().to_numpy(int)
+            share = np.bincount(ratings, minlength=11)[1:11] / len(part) * 100
+            x = np.arange(1, 11) + (place - (len(batches) - 1) / 2) * width
+            ax.bar(x, share, width, color=colors[batch])
+        name = name.replace("~", "reference")
+        ax.set_title(f"{name}: mean {part['rating'].mean():.1f}, n = {len(part):,}", fontsize=9)
+    handles = [Patch(color=color, label=f"batch {batch}") for batch, color in colors.items()]
+    fig.legend(handles=handles, loc="outside lower right", ncols=len(handles))
+    return fig
+
+
+@style()
+def category_overview(frame: pd.DataFrame, title: str = "Ratings and length by category") -> Figure:
+    """Compare model samples with references per category: mean rating and mean words."""
+    kind = np.where(frame["source"] == "reference", "reference", "model sample")
+    means = frame.groupby(["category", kind])[["rating", "n_words"]].mean().unstack()
+    means = means.sort_values(means.columns[0])
+    fig, left, right = look.panels(1, 2, 1.3 + 0.25 * len(means), title, sharey=True)
+    for ax, column in ((left, "rating"), (right, "n_words")):
+        ends = means[column].min(axis=1), means[column].max(axis=1)
+        ax.hlines(range(len(means)), *ends, color="#cccccc", lw=2)
+        for name, color in {"model sample": look.BLUE, "reference": look.ORANGE}.items():
+            if name in means[column]:
+                ax.plot(means[column][name], range(len(means)), "o", color=color, label=name)
+    left.set_yticks(range(len(means)), [str(name).replace("_", " ") for name in means.index])
+    left.set(xlabel="mean rating, 1 to 10", xlim=(1, 10))
+    right.set(xlabel="mean length, words", xlim=(0, None))
+    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return fig
+
+
+@style()
+def reward_training(metrics: pd.DataFrame, title: str, constant: float | None = None) -> Figure:
+    """Show loss and accuracy by step; `constant`, a loss of predicting blindly, is a line."""
+    fig, left, right = look.panels(1, 2, 3.2, title)
+    look.smooth(left, metrics, "loss", look.BLUE, "mean of 10 steps")
+    look.smooth(right, metrics, "accuracy", look.BLUE, "mean of 10 steps")
+    if constant is not None:
+        left.axhline(constant, color=look.DARK, ls="--", label=f"best constant, {constant:.4g}")
+    right.axhline(0.5, color=look.DARK, ls="--", label="chance")
+    for ax, label in ((left, "loss, nats per pair"), (right, "accuracy, share of pairs")):
+        ax.set(xlabel="optimiser step", ylabel=label)
+        ax.legend()
+    return fig
+
+
+@style()
+def reward_histograms(
+    chosen: Sequence[float], rejected: Sequence[float], title: str, xlabel: str = "reward"
+) -> Figure:
+    """Overlay the rewards of chosen and rejected responses, with their medians."""
+    fig, ax = look.panels(1, 1, 3.4, title)
+    bins = np.histogram_bin_edges([*chosen, *rejected], bins=30)
+    for name, values, color in (("chosen", chosen, look.BLUE), ("rejected", rejected, look.ORANGE)):
+        label = f"{name}: median {np.median(values):.2f}, n = {len(values):,}"
+        ax.hist(values, bins, color=color, alpha=0.5, label=label)
+        ax.axvline(np.median(values), color=color, lw=2, ls="--")
+    ax.set(xlabel=xlabel, ylabel="responses")
+    ax.legend()
+    return fig
+
+
+@style()
+def rating_distributions(probabilities: Mapping[str, Sequence[float]], title: str) -> Figure:
+    """Show P(rating) of each response, its expected value and a band of one sd each way."""
+    ratings = np.arange(1, 11)
+    fig, *axes = look.small_multiples(len(probabilities), title, "rating", "probability")
+    for ax, (name, p) in zip(axes, probabilities.items(), strict=True):
+        mean = float(ratings @ np.asarray(p))
+        sd = math.sqrt(float((ratings - mean) ** 2 @ np.asarray(p)))
+        ax.bar(ratings, p, color=look.BLUE)
+        ends = (mean - sd, mean + sd)
+        ax.axvspan(*ends, color=look.ORANGE, alpha=0.25, lw=0, zorder=0, label="±1 sd")
+        ax.axvline(mean, color=look.ORANGE, lw=2, label="expected rating")
+        ax.set_title(f"{textwrap.fill(name, 30)}\nexpected {mean:.2f}, sd {sd:.2f}", fontsize=9)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower right", ncols=2)
+    return fig
+
+
+@style()
+def reliability(p: Sequence[float], outcome: Sequence[float], title: str, bins: int = 10) -> Figure:
+    """Compare predicted probabilities with how often the outcome came true; counts below."""
+    p, outcome = np.asarray(p, float), np.asarray(outcome, float)
+    place = np.clip((p * bins).astype(int), 0, bins - 1)
+    groups = pd.DataFrame({"p": p, "outcome": outcome}).groupby(place)
+    table = groups.agg(p=("p", "mean"), seen=("outcome", "mean"), n=("p", "size"))
+    error = (table["n"] * (table["p"] - table["seen"]).abs()).sum() / len(p)
+    fig, top, low = look.panels(2, 1, 4.6, title, sharex=True, height_ratios=[3, 1])
+    top.plot([0, 1], [0, 1], color=look.DARK, ls="--", lw=1, label="perfect calibration")
+    spread = np.sqrt(table["seen"] * (1 - table["seen"]) / table["n"])
+    label = f"model, ±1 standard error (calibration error {error:.3f})"
+    top.errorbar(table["p"], table["seen"], spread, fmt="o-", color=look.BLUE, label=label)
+    low.bar((table.index + 0.5) / bins, table["n"], 0.9 / bins, color=look.GREY)
+    for index, count in table["n"].items():
+        low.text((index + 0.5) / bins, count, f"{count:,}", ha="center", va="bottom", fontsize=8)
+    top.set(ylabel="observed share", ylim=(-0.02, 1.02))
+    low.set(xlabel="predicted probability", ylabel="pairs", xlim=(0, 1))
+    low.margins(y=0.3)
+    top.legend()
+    return fig
+
+
+@style()
+def alignment_curves(
+    metrics: pd.DataFrame, title: str, sft: Mapping[str, float] | None = None
+) -> Figure:
+    """Show an alignment run by step: reward, KL, length, finished share, entropy, gradient.
+
+    Args:
+        metrics: the run's `metrics.csv`; row 0 holds only the held-out columns.
+        title: of the figure.
+        sft: SFT values of columns, e.g. `{"entropy": 1.9}`; those of reward and KL are 0.
+    """
+    frame = metrics.assign(finished=1 - metrics["completions/clipped_ratio"])
+    known = {"reward": 0.0, "kl": 0.0, **(sft or {})}
+    known["finished"] = 1 - known.get("completions/clipped_ratio", math.nan)
+    shown = {
+        "reward": (f"reward, {SFT_SD}", "eval_reward"),
+        "kl": ("KL to SFT, nats per sequence", "eval_kl"),
+        "completions/mean_length": ("mean length, tokens", "eval_mean_length"),
+        "finished": ("finished share", None),
+        "entropy": ("entropy, nats per token", None),
+        "grad_norm": ("norm or sd", None),
+    }
+    fig, *axes = look.panels(2, 3, 5.4, title)
+    for ax, (column, (label, held_out)) in zip(axes, shown.items(), strict=True):
+        look.smooth(ax, frame, column, look.BLUE, "training, mean of 10 steps")
+        if column in known:
+            ax.axhline(known[column], color=look.GREY, ls="--", label="SFT")
+        if held_out:
+            x, y = look.measured(frame, held_out)
+            ax.plot(x, y, "o", ms=5, color=look.ORANGE, label="held-out", zorder=3)
+        ax.set_title(label, fontsize=9)
+    fig.supxlabel("optimiser step", fontsize=10)
+    axes[0].plot(*look.measured(frame, "baseline"), color=look.DARK, label="baseline")
+    axes[5].lines[1].set_label("gradient norm")
+    look.smooth(axes[5], frame, "advantage_std", look.ORANGE, "sd of advantages")
+    axes[5].legend(fontsize=8)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return fig
+
+
+@style()
+def comparison_curves(
+    runs: Mapping[str, pd.DataFrame], bands: Mapping[str, pd.DataFrame] | None, title: str
+) -> Figure:
+    """Show the held-out reward of several policies by step, with 95% bands and SFT's level.
+
+    `bands` has columns step, mean, low, high per policy; of "sft" the last row is used.
+    """
+    bands = bands or {}
+    fig, ax = look.panels(1, 1, 4.2, title)
+    sft = bands["sft"].iloc[-1] if "sft" in bands else {"low": 0.0, "mean": 0.0, "high": 0.0}
+    ax.axhspan(sft["low"], sft["high"], color=look.GREY, alpha=0.2, lw=0)
+    ax.axhline(sft["mean"], color=look.GREY, lw=2, ls="--", label=look.NAMES["sft"])
+    for place, (name, metrics) in enumerate(runs.items()):
+        color = look.policy_color(name, place)
+        x, y = look.measured(metrics, "eval_reward")
+        if name in bands:
+            band = bands[name].dropna()
+            x, y = band["step"], band["mean"]
+            ax.fill_between(x, band["low"], band["high"], color=color, alpha=0.18, lw=0)
+        ax.plot(x, y, "o-", color=color, lw=2, ms=5, label=look.NAMES.get(name, name))
+    ax.set(xlabel="optimiser step", ylabel=f"held-out reward, {SFT_SD}")
+    ax.legend(title="shaded: 95% interval" if bands else None, title_fontsize=8)
+    return fig
+
+
+@style()
+def paired_differences(
+    table: pd.DataFrame,
+    value: str = "difference",
+    low: str = "low",
+    high: str = "high",
+    label: str = "policy",
+    title: str = "Difference to SFT",
+    xlabel: str = f"paired difference to SFT, {SFT_SD}",
+) -> Figure:
+    """Show differences to SFT with 95% intervals, one line per row of the table."""
+    fig, ax = look.panels(1, 1, 1.4 + 0.36 * len(table), title)
+    for place, (name, *row) in enumerate(table[[label, value, low, high]].to_numpy()):
+        look.intervals(ax, [place], [row], look.policy_color(name, place))
+    ax.set_yticks(range(len(table)), [look.NAMES.get(name, name) for name in table[label]])
+    ax.set(xlabel=f"{xlabel} (line: 95% interval; hollow: holds 0)", ylim=(len(table) - 0.4, -0.6))
+    return fig
+
+
+@style()
+def gain_by_category(frame: pd.DataFrame, title: str) -> Figure:
+    """Show gains with 95% intervals per category; an optional column `policy` sets colours."""
+    order = frame.groupby("category")["difference"].mean().sort_values().index
+    groups = [*frame.groupby("policy", sort=False)] if "policy" in frame else [("", frame)]
+    fig, ax = look.panels(1, 1, 1.2 + (0.2 + 0.1 * len(groups)) * len(order), title)
+    for place, (name, part) in enumerate(groups):
+        y = order.get_indexer(part["category"]) + 0.25 * ((len(groups) - 1) / 2 - place)
+        table = part[["difference", "low", "high"]].to_numpy()
+        look.intervals(ax, y, table, look.policy_color(name, place), look.NAMES.get(name, name))
+    ax.set_yticks(range(len(order)), [name.replace("_", " ") for name in order])
+    ax.set_xlabel(f"gain over SFT, {SFT_SD} (line: 95% interval; hollow: holds 0)")
+    if len(groups) > 1:
+        ax.legend()
+    return fig
+
+
+@style()
+def bandit_curves(curves: Mapping[str, Sequence[float]], optimum: float, title: str) -> Figure:
+    """Show the expected reward of a bandit's policies by step, and the best possible one."""
+    fig, ax = look.panels(1, 1, 3.4, title)
+    ax.axhline(optimum, color=look.DARK, ls="--", label=f"optimum, {optimum:.3g}")
+    for place, (name, values) in enumerate(curves.items()):
+        ax.plot(range(len(values)), values, color=look.policy_color(name, place), lw=2, label=name)
+    ax.set(xlabel="step", ylabel="expected reward")
+    ax.legend()
+    return fig

@@ -1,0 +1,105 @@
+"""How good a reward model is on held-out pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn import functional as F
+
+from utils.data import Pair, Response
+from utils.evaluation import clustered_interval
+from utils.losses import CLASSES, log_win_probability
+from utils.results import Run, read_jsonl
+from utils.rewards import RewardModel, reward_from_logits
+
+Key = tuple[str, int, int]  # prompt, batch, place among the responses rated side by side
+
+
+def response_key(pair: Pair, response: Response) -> Key:
+    """Name one of a pair's responses."""
+    return pair.prompt_id, pair.group.batch, pair.group.responses.index(response)
+
+
+def scored_responses(reward_model: RewardModel, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    """Score every response of the pairs once; one JSON-ready row each, with the head's outputs."""
+    found: dict[Key, tuple[Pair, Response]] = {
+        response_key(pair, response): (pair, response)
+        for pair in pairs
+        for response in (pair.chosen, pair.rejected)
+    }
+    logits = reward_model.logits(
+        [pair.group.prompt for pair, _ in found.values()],
+        [response.text for _, response in found.values()],
+        [response.finished for _, response in found.values()],
+    )
+    rewards = reward_from_logits(logits).tolist()
+    return [
+        {
+            "prompt_id": prompt_id,
+            "batch": batch,
+            "place": place,
+            "category": pair.category,
+            "prompt": pair.group.prompt[-1]["content"],
+            "response": response.text,
+            "rating": response.rating,
+            "source": response.source,
+            "temperature": response.temperature,
+            "reward": reward,
+            "logits": [round(value, 5) for value in row],
+        }
+        for ((prompt_id, batch, place), (pair, response)), reward, row in zip(
+            found.items(), rewards, logits.tolist(), strict=True
+        )
+    ]
+
+
+def pair_metrics(
+    run: Run, pairs: Sequence[Pair], samples: int
+) -> tuple[pd.DataFrame, dict[str, dict[str, float]]]:
+    """Pair up the scored responses of a run and measure them.
+
+    Args:
+        run: a reward model's run with its `samples.jsonl`.
+        pairs: the pairs that were scored.
+        samples: bootstrap resamples of the intervals.
+
+    Returns:
+        A frame with a row per pair (`correct` is 1, 0, or .5 for a tie; `log_p` is
+        log P(chosen beats rejected)), and the metrics: `accuracy` over all pairs,
+        `accuracy_model_pairs` over those between two samples of the model, and `nll`, the mean of
+        `-log_p` over all; each as `clustered_interval` gives it.
+    """
+    rows = {
+        (row["prompt_id"], row["batch"], row["place"]): row
+        for row in read_jsonl(run.directory / "samples.jsonl")
+    }
+    better = pd.DataFrame([rows[response_key(pair, pair.chosen)] for pair in pairs])
+    worse = pd.DataFrame([rows[response_key(pair, pair.rejected)] for pair in pairs])
+    frame = better[["prompt_id", "category", "prompt"]].copy()
+    frame["gap"] = better["rating"] - worse["rating"]
+    frame["between_samples"] = [pair.between_samples for pair in pairs]
+    for name, side in {"chosen": better, "rejected": worse}.items():
+        frame[name], frame[f"{name}_reward"] = side["response"], side["reward"]
+    frame["log_p"] = _log_preference(
+        torch.tensor(better["logits"].tolist()), torch.tensor(worse["logits"].tolist())
+    ).numpy()
+    frame["correct"] = (np.sign(frame["chosen_reward"] - frame["rejected_reward"]) + 1) / 2
+
+    def interval(values: pd.Series) -> dict[str, float]:
+        return clustered_interval(values, frame.loc[values.index, "prompt_id"], samples)
+
+    metrics = {"accuracy": interval(frame["correct"]), "nll": interval(-frame["log_p"])}
+    if frame["between_samples"].any():
+        between = frame.loc[frame["between_samples"], "correct"]
+        metrics["accuracy_model_pairs"] = interval(between)
+    return frame, metrics
+
+
+def _log_preference(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    if chosen.shape[1] == CLASSES:
+        return log_win_probability(chosen, rejected)
+    return F.logsigmoid(chosen - rejected)[:, 0]

@@ -1,0 +1,111 @@
+"""The two kinds of reward model: scoring text, saving and loading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from utils.config import Profile
+from utils.losses import CLASSES, expected_rating
+from utils.models import device, load_reward_base
+from utils.results import atomic_write
+from utils.weights import ModelError, encode_dialogue, load_tokenizer, pad_right
+
+KINDS = {"scalar": 1, "ordinal": CLASSES}  # kind of reward model -> outputs of its head
+
+
+class RewardModel:
+    """A reward model that scores text.
+
+    Attributes:
+        kind: "scalar" (a Bradley-Terry logit) or "ordinal" (a distribution over ratings 1..10,
+            read by its mean).
+    """
+
+    def __init__(self, kind: str, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.kind = kind
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def fresh(cls, kind: str, profile: Profile) -> RewardModel:
+        """Return an untrained reward model."""
+        reward = profile.reward
+        model = load_reward_base(
+            profile.model,
+            KINDS[kind],
+            reward.lora_r,
+            reward.lora_alpha,
+            reward.first_layer,
+            profile.seed,
+        )
+        return cls(kind, model, load_tokenizer(profile.model))
+
+    @classmethod
+    def load(cls, kind: str, profile: Profile, directory: Path) -> RewardModel:
+        """Load the adapter and head saved by `save`.
+
+        Raises:
+            ModelError: if the saved file is missing or cut short.
+        """
+        reward_model = cls.fresh(kind, profile)
+        path = directory / "adapter" / "adapter_model.safetensors"
+        try:
+            state = load_file(path)
+        except Exception as error:
+            raise ModelError(
+                f"{directory.name}: the saved adapter cannot be read: {error}"
+            ) from error
+        set_peft_model_state_dict(reward_model.model, state)
+        return reward_model
+
+    def save(self, directory: Path) -> None:
+        """Write adapter and head to `directory/adapter`, atomically."""
+        atomic_write(directory / "adapter", self.model.save_pretrained)
+
+    @torch.no_grad()
+    def logits(
+        self,
+        prompts: Sequence[Sequence[Mapping[str, str]]],
+        responses: Sequence[str],
+        finished: Sequence[bool],
+        batch_size: int = 32,
+    ) -> Tensor:
+        """Return the head's outputs, fp32 on the CPU, shape (rows, 1 or 10).
+
+        Rows are sorted by length for speed; the result is in the order given.
+        """
+        rows = [
+            encode_dialogue(self.tokenizer, *row)
+            for row in zip(prompts, responses, finished, strict=True)
+        ]
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        out = torch.empty(len(rows), KINDS[self.kind])
+        self.model.eval()
+        for start in range(0, len(rows), batch_size):
+            chunk = order[start : start + batch_size]
+            ids = pad_right([rows[index] for index in chunk], self.tokenizer.pad_token_id)
+            out[chunk] = (
+                self.model(input_ids=ids.to(device()), use_cache=False).logits.float().cpu()
+            )
+        return out
+
+    def score(
+        self,
+        prompts: Sequence[Sequence[Mapping[str, str]]],
+        responses: Sequence[str],
+        finished: Sequence[bool],
+    ) -> Tensor:
+        """Return one reward per response, shape (rows,): the logit, or the expected rating."""
+        return reward_from_logits(self.logits(prompts, responses, finished))
+
+
+def reward_from_logits(logits: Tensor) -> Tensor:
+    """Read the reward off a head's outputs: one column is the reward, ten are a distribution."""
+    return logits[:, 0] if logits.shape[-1] == 1 else expected_rating(logits)

@@ -1,0 +1,253 @@
+"""Sample completions, and recompute the log-probabilities of the sampled tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from utils.models import device
+from utils.weights import pad_right
+
+LOGIT_ROWS = 256  # positions whose full-vocabulary logits are held at once: 50 MB in fp32
+
+
+@dataclass
+class Rollout:
+    """Sampled completions, one entry per row.
+
+    Attributes:
+        prompt_ids: token ids of the templated prompts.
+        completion_ids: sampled token ids, the end-of-turn token included where there is one.
+        finished: whether the completion ended by itself.
+        texts: the completions as text, without special tokens.
+    """
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    finished: list[bool]
+    texts: list[str]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def lengths(self) -> Tensor:
+        """Return the number of sampled tokens of each row, fp32, shape (rows,)."""
+        return torch.tensor([float(len(ids)) for ids in self.completion_ids])
+
+
+def sampling_noise(seed: int, rows: int, length: int) -> Tensor:
+    """Return uniform noise in [0, 1), shape (rows, length): one number decides one token.
+
+    Fixing it fixes the sample whatever batch a row is in, and two policies that share it differ
+    only where their distributions do (common random numbers).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(rows, length, generator=generator)
+
+
+def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """Draw from softmax(logits / temperature) by inverting its cumulative distribution.
+
+    Args:
+        logits: shape (rows, vocabulary).
+        uniform: noise in [0, 1), shape (rows,).
+        temperature: 0 takes the most likely token instead.
+
+    Returns:
+        Token ids, shape (rows,).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+    threshold = uniform.to(cumulative) * cumulative[:, -1]
+    tokens = torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
+    return tokens.clamp_max(logits.shape[-1] - 1)
+
+
+def sample(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[Sequence[int]],
+    noise: Tensor,
+    temperature: float,
+    batch_size: int = 32,
+) -> Rollout:
+    """Sample one completion per row, without top-k or top-p: the sampler is the policy.
+
+    Args:
+        model: the policy (inside `disable_adapter()` the reference).
+        tokenizer: decides the end and pad tokens.
+        prompt_ids: templated prompts, one list of token ids per row.
+        noise: from `sampling_noise`, shape (rows, longest completion in tokens).
+        temperature: 0 is greedy.
+        batch_size: rows that are decoded together; shorter prompts first, to pad little.
+    """
+    order = sorted(range(len(prompt_ids)), key=lambda index: len(prompt_ids[index]))
+    completions: list[list[int]] = [[] for _ in order]
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        drawn = _decode(model, tokenizer, [prompt_ids[r] for r in rows], noise[rows], temperature)
+        for row, tokens in zip(rows, drawn, strict=True):
+            completions[row] = tokens
+    return Rollout(
+        prompt_ids=[list(ids) for ids in prompt_ids],
+        completion_ids=completions,
+        finished=[tokens[-1] == tokenizer.eos_token_id for tokens in completions],
+        texts=[
+            tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in completions
+        ],
+    )
+
+
+def completion_logprobs(
+    model: PeftModel,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    temperature: float,
+    pad_token_id: int,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each sampled completion under softmax(logits / temperature).
+
+    Only the positions that predict a sampled token reach the output layer: the last prompt token
+    predicts the first completion token, and the end token is predicted like any other. No prompt
+    token and no pad is counted. The logits exist for `LOGIT_ROWS` positions at a time and are
+    recomputed in the backward pass.
+
+    Args:
+        model: the policy (inside `disable_adapter()` the reference).
+        prompt_ids: templated prompts.
+        completion_ids: sampled tokens.
+        temperature: of the sampling policy.
+        pad_token_id: for right padding.
+
+    Returns:
+        Sums over the completion's tokens of log pi, shape (rows,), and of the policy's entropy per
+        sampled token, detached, shape (rows,); both fp32, nats.
+    """
+    pairs = list(zip(prompt_ids, completion_ids, strict=True))
+    ids = pad_right([[*prompt, *completion] for prompt, completion in pairs], pad_token_id)
+    body, head = _parts(model)
+    hidden = body(input_ids=ids.to(device()), use_cache=False).last_hidden_state
+    row = torch.tensor([i for i, (_, c) in enumerate(pairs) for _ in c], device=hidden.device)
+    position = torch.tensor(
+        [len(p) - 1 + t for p, c in pairs for t in range(len(c))], device=hidden.device
+    )
+    target = torch.tensor([token for _, c in pairs for token in c], device=hidden.device)
+    log_probs, entropies = [], []
+    for part in torch.arange(len(row), device=hidden.device).split(LOGIT_ROWS):
+        selected = hidden[row[part], position[part]]
+        log_prob, entropy = checkpoint(
+            _token_logprobs, head, selected, target[part], temperature, use_reentrant=False
+        )
+        log_probs.append(log_prob)
+        entropies.append(entropy)
+    zeros = torch.zeros(len(pairs), device=hidden.device)
+    return (
+        zeros.index_add(0, row, torch.cat(log_probs)),
+        zeros.index_add(0, row, torch.cat(entropies)),
+    )
+
+
+def batched_logprobs(
+    model: PeftModel, rollout: Rollout, temperature: float, pad_token_id: int, batch_size: int = 16
+) -> tuple[Tensor, Tensor]:
+    """`completion_logprobs` of a whole rollout without gradient, in batches of like length."""
+    lengths = [
+        len(p) + len(c) for p, c in zip(rollout.prompt_ids, rollout.completion_ids, strict=True)
+    ]
+    order = sorted(range(len(rollout)), key=lengths.__getitem__)
+    log_probs, entropies = torch.empty(len(rollout)), torch.empty(len(rollout))
+    with torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            log_prob, entropy = completion_logprobs(
+                model,
+                [rollout.prompt_ids[r] for r in rows],
+                [rollout.completion_ids[r] for r in rows],
+                temperature,
+                pad_token_id,
+            )
+            log_probs[rows], entropies[rows] = log_prob.cpu(), entropy.cpu()
+    return log_probs, entropies
+
+
+def _token_logprobs(
+    head: nn.Module, hidden: Tensor, target: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    logits = head(hidden).float() / temperature
+    normaliser = logits.logsumexp(-1)
+    log_prob = logits.gather(-1, target[:, None])[:, 0] - normaliser
+    with torch.no_grad():
+        entropy = normaliser - (logits.softmax(-1) * logits).sum(-1)
+    return log_prob, entropy
+
+
+def _parts(model: PeftModel) -> tuple[nn.Module, nn.Module]:
+    base = model.get_base_model()
+    return getattr(base, base.base_model_prefix), base.get_output_embeddings()
+
+
+@torch.no_grad()
+def _decode(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Sequence[int]],
+    noise: Tensor,
+    temperature: float,
+) -> list[list[int]]:
+    """Decode one batch with a key-value cache; rows that have ended leave the batch."""
+    body, head = _parts(model)
+    where = device()
+    ids, padding = _pad_left(prompts, tokenizer.pad_token_id)
+    ids, position = ids.to(where), (padding.cumsum(-1) - 1).clamp_min(0).to(where)
+    cache = DynamicCache(config=model.get_base_model().config)
+    out = body(
+        input_ids=ids,
+        attention_mask=padding.to(where),
+        position_ids=position,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    # A float mask in the shape of the attention scores: a boolean one is converted in every layer.
+    steps = noise.shape[1]
+    bias = torch.zeros(len(prompts), 1, 1, ids.shape[1] + steps, dtype=out.last_hidden_state.dtype)
+    bias[..., : ids.shape[1]].masked_fill_(padding[:, None, None] == 0, torch.finfo(bias.dtype).min)
+    bias, position, noise = bias.to(where), position[:, -1:], noise.to(where)
+    completions: list[list[int]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))
+    for step in range(steps):
+        tokens = choose_tokens(head(out.last_hidden_state[:, -1]), noise[rows, step], temperature)
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            completions[row].append(token)
+        going = (tokens != tokenizer.eos_token_id).nonzero()[:, 0]
+        if len(going) == 0 or step + 1 == steps:
+            break
+        if len(going) < len(rows):
+            rows = [rows[i] for i in going.tolist()]
+            cache.batch_select_indices(going)
+            bias, position, tokens = bias[going], position[going], tokens[going]
+        position = position + 1
+        out = body(
+            input_ids=tokens[:, None],
+            attention_mask=bias[..., : ids.shape[1] + step + 1],
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+        )
+    return completions
+
+
+def _pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, width - len(row) :] = torch.tensor(list(row))
+        mask[index, width - len(row) :] = 1
+    return ids, mask
