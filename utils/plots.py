@@ -166,7 +166,7 @@ def alignment_curves(
             x, y = look.measured(frame, held_out)
             ax.plot(x, y, "o", ms=5, color=look.ORANGE, label="held-out", zorder=3)
         ax.set_title(label, fontsize=9)
-    fig.supxlabel("optimiser step", fontsize=10)
+        ax.set_xlabel("optimiser step" if ax in axes[3:] else "")
     axes[0].plot(*look.measured(frame, "baseline"), color=look.DARK, label="baseline")
     axes[5].lines[1].set_label("gradient norm")
     look.smooth(axes[5], frame, "advantage_std", look.ORANGE, "sd of advantages")

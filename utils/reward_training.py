@@ -24,7 +24,7 @@ from utils.config import Profile, RewardConfig
 from utils.data import Group
 from utils.losses import bradley_terry_loss, pair_indices, rating_pair_loss
 from utils.models import device
-from utils.results import Run
+from utils.results import Run, read_json
 from utils.rewards import KINDS, RewardModel, reward_from_logits
 from utils.weights import encode_dialogue, pad_right
 
@@ -200,6 +200,7 @@ def _trainer_arguments(
         save_steps=reward.save_steps,
         save_total_limit=2,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it would log a mean in place of a loss that is not finite
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
@@ -213,8 +214,8 @@ def _last_good_checkpoint(directory: Path) -> str | None:
             load_file(Path(last) / "adapter_model.safetensors")
             for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
                 torch.load(Path(last) / name, weights_only=False)
-            if (Path(last) / "trainer_state.json").stat().st_size:
-                return last
+            read_json(Path(last) / "trainer_state.json")
+            return last
         except Exception as error:
             print(f"[{directory.parent.name}] {Path(last).name} is incomplete, removed: {error}")
         shutil.rmtree(last)

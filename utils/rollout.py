@@ -99,9 +99,7 @@ def sample(
         prompt_ids=[list(ids) for ids in prompt_ids],
         completion_ids=completions,
         finished=[tokens[-1] == tokenizer.eos_token_id for tokens in completions],
-        texts=[
-            tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in completions
-        ],
+        texts=[tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in completions],
     )
 
 
@@ -148,10 +146,8 @@ def completion_logprobs(
         log_probs.append(log_prob)
         entropies.append(entropy)
     zeros = torch.zeros(len(pairs), device=hidden.device)
-    return (
-        zeros.index_add(0, row, torch.cat(log_probs)),
-        zeros.index_add(0, row, torch.cat(entropies)),
-    )
+    log_prob, entropy = torch.cat(log_probs), torch.cat(entropies)
+    return zeros.index_add(0, row, log_prob), zeros.index_add(0, row, entropy)
 
 
 def batched_logprobs(

@@ -87,7 +87,7 @@ class LiveView:
         print(self.line(row), flush=True)
         if row["step"] % SAMPLE_EVERY == 0:
             prompt, text, reward = samples[0]
-            print(f"    prompt: {shorten(prompt)}", flush=True)
+            print(f"    prompt: {shorten(prompt)}")
             print(f"    response (reward {reward}): {shorten(text)}", flush=True)
 
     def line(self, row: Mapping[str, Any]) -> str:
@@ -162,8 +162,7 @@ def browse_samples(frame: pd.DataFrame) -> Any:
     import ipywidgets
 
     wide = ipywidgets.Layout(width="90%")
-    choices = ["all", *sorted(frame["category"].dropna().unique())]
-    category = ipywidgets.Dropdown(options=choices, description="category")
+    category = ipywidgets.Dropdown(options=["all", *sorted({*frame["category"].dropna()})])
     prompt = ipywidgets.IntSlider(min=1, max=len(frame), description="prompt", layout=wide)
     view = ipywidgets.HTML()
 
@@ -185,11 +184,10 @@ def samples_html(frame: pd.DataFrame) -> str:
     for _, row in frame.iterrows():
         cells = [f"{row['prompt']}\n({row['category']}, {row['prompt_id']})"]
         for name in names:
-            columns = [
-                c for c in frame if c.endswith(f" [{name}]") and not c.startswith("response")
-            ]
-            facts = [f"{c.removesuffix(f' [{name}]')} {_short(row[c])}" for c in columns]
-            cells.append("\n".join([f"({', '.join(facts)})", row[f"response [{name}]"]]))
+            ending = f" [{name}]"
+            facts = [c for c in frame if c.endswith(ending) and c != f"response{ending}"]
+            shown = ", ".join(f"{c.removesuffix(ending)} {_short(row[c])}" for c in facts)
+            cells.append(f"({shown})\n{row[f'response{ending}']}")
         rows.append(cells)
     return html_table(["prompt", *names], rows)
 

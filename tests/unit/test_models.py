@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -230,11 +228,12 @@ def test_expansion_is_right_or_refused(forward_first):
         expected, model = layer()(x), layer()
         if forward_first:
             model(x)
-        try:
-            found = models.expand_4bit(model, torch.float32)(x)
-        except ModelError as error:
-            assert forward_first, error
+        if getattr(model[0].weight.quant_state, "packing_format_for_cpu", False):
+            assert forward_first
+            with pytest.raises(ModelError, match="before the first forward"):
+                models.expand_4bit(model, torch.float32)
             return
+        found = models.expand_4bit(model, torch.float32)(x)
     error = (found - expected).norm() / expected.norm()
     assert error < 0.02, f"the expanded weights are garbage (relative error {error:.2f})"
 
@@ -331,26 +330,3 @@ def test_half_converted_weights_are_never_used(tmp_path, error):
     assert not target.exists(), "a conversion that broke off must leave no weights behind"
     weights._save(target, Whole(), Whole())
     assert [p.name for p in tmp_path.iterdir()] == ["weights"]
-
-
-# Noise
-
-
-def test_quiet_hides_the_known_messages_and_no_others():
-    code = """
-import logging, warnings
-from utils.environment import quiet
-quiet()
-quiet()
-import bitsandbytes
-warnings.warn("`is_gradient_checkpointing` is deprecated and will go", FutureWarning)
-warnings.warn("another deprecation", FutureWarning)
-logging.getLogger("bitsandbytes.backends.cpu.ops").warning("another message")
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    )
-    assert "gemm_4bit_forward" not in done.stderr
-    assert "is_gradient_checkpointing" not in done.stderr
-    assert "another deprecation" in done.stderr
-    assert "another message" in done.stderr

@@ -1,0 +1,191 @@
+"""Figures on small made-up tables: they draw, survive unmeasured cells, and save byte for byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from utils import plot_style, plots
+from utils.config import PROFILES
+
+SMOKE = PROFILES["smoke"]
+
+
+@pytest.fixture(autouse=True)
+def _close_figures() -> Iterator[None]:
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(plot_style, "runs_dir", lambda profile: tmp_path / profile.name)
+    return tmp_path / "smoke"
+
+
+def responses() -> pd.DataFrame:
+    rows = [
+        (category, batch, temperature, rating, source, 10 * rating)
+        for category in ("advice", "open_qa")
+        for batch, temperature, rating, source in (
+            *((1, 0.3, 4, "model"), (1, 1.0, 1, "model"), (2, 0.3, 5, "model")),
+            (2, math.nan, 10, "reference"),
+        )
+    ]
+    return pd.DataFrame(
+        rows, columns=["category", "batch", "temperature", "rating", "source", "n_words"]
+    )
+
+
+def policy_metrics(steps: int = 12) -> pd.DataFrame:
+    """Return rows as `train_policy` logs them: step 0 and most others lack some cells."""
+    step = np.arange(steps + 1)
+    names = "reward kl baseline entropy grad_norm advantage_std completions/mean_length"
+    frame = pd.DataFrame({"step": step} | {n: np.sin(step) + 2 for n in names.split()})
+    frame["completions/clipped_ratio"] = 0.25
+    frame.loc[0, frame.columns[1:]] = math.nan
+    measured = step % 4 == 0
+    for name in ("eval_reward", "eval_kl", "eval_mean_length"):
+        frame[name] = np.where(measured, step / 10, math.nan)
+    return frame
+
+
+def reward_metrics() -> pd.DataFrame:
+    return pd.DataFrame({"step": [1, 2, 3], "loss": [0.9, 0.7, 0.5], "accuracy": [0.5, 0.6, 0.8]})
+
+
+def differences(column: str, *names: str) -> pd.DataFrame:
+    return pd.DataFrame({column: names, "difference": 0.5, "low": [-0.1, 0.2], "high": 0.9})
+
+
+def band() -> pd.DataFrame:
+    return pd.DataFrame({"step": [0, 4], "mean": [0.1, 0.4], "low": [0.0, 0.2], "high": [0.2, 0.6]})
+
+
+FIGURES: dict[str, Callable[[], Figure]] = {
+    "rating_histograms": lambda: plots.rating_histograms(responses()),
+    "category_overview": lambda: plots.category_overview(responses()),
+    "reward_training": lambda: plots.reward_training(reward_metrics(), "t", constant=0.7985),
+    "reward_histograms": lambda: plots.reward_histograms([1.0, 2.0], [0.0, 1.0], "t"),
+    "rating_distributions": lambda: plots.rating_distributions({"a": np.full(10, 0.1)}, "t"),
+    "reliability": lambda: plots.reliability([0.1, 0.9, 1.0], [0, 1, 1], "t"),
+    "alignment_curves": lambda: plots.alignment_curves(policy_metrics(), "t", {"entropy": 1.9}),
+    "comparison_curves": lambda: plots.comparison_curves(
+        {"align_scalar": policy_metrics()}, {"align_scalar": band(), "sft": band()}, "t"
+    ),
+    "paired_differences": lambda: plots.paired_differences(
+        differences("policy", "sft_best", "align_ordinal")
+    ),
+    "gain_by_category": lambda: plots.gain_by_category(differences("category", "a", "b"), "t"),
+    "bandit_curves": lambda: plots.bandit_curves({"ema": [0.0, 0.5]}, 1.0, "t"),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_draws_and_names_its_axes(name: str):
+    figure = FIGURES[name]()
+    figure.draw_without_rendering()
+    assert figure.get_figwidth() == 8
+    assert figure.get_suptitle()
+    labels = [figure.get_supxlabel(), *(ax.get_xlabel() for ax in figure.axes)]
+    assert any(labels)
+
+
+def test_every_figure_is_tested():
+    public = {n for n, f in vars(plots).items() if getattr(f, "__module__", "") == plots.__name__}
+    assert public == set(FIGURES)
+
+
+def test_the_style_does_not_leak():
+    before = mpl.rcParams.copy()
+    FIGURES["bandit_curves"]()
+    assert mpl.rcParams == before
+
+
+def test_saved_files_are_stable_and_complete(folder: Path):
+    seen = []
+    for _ in range(2):
+        plots.save_figure(FIGURES["comparison_curves"](), SMOKE, "curves")
+        seen.append([(folder / f"figures/curves.{k}").read_bytes() for k in ("png", "svg")])
+    assert seen[0] == seen[1]
+    png, svg = seen[0]
+    assert png.startswith(b"\x89PNG")
+    assert b"<svg" in svg
+    assert b"dc:date" not in svg
+    assert {path.name for path in (folder / "figures").iterdir()} == {"curves.png", "curves.svg"}
+
+
+def test_saving_leaves_the_figure_to_the_notebook(folder: Path):
+    figure = FIGURES["bandit_curves"]()
+    plots.save_figure(figure, SMOKE, "bandit")
+    assert plt.get_fignums() == [figure.number]
+
+
+def test_tables_keep_a_named_index_only(folder: Path):
+    frame = pd.DataFrame({"policy": ["a"], "gain": [1 / 3]})
+    plots.save_table(frame, SMOKE, "gains")
+    assert (folder / "tables/gains.csv").read_text() == "policy,gain\na,0.333333\n"
+    plots.save_table(frame.set_index("policy"), SMOKE, "gains")
+    assert (folder / "tables/gains.csv").read_text() == "policy,gain\na,0.333333\n"
+
+
+def test_unmeasured_cells_are_left_out():
+    figure = plots.alignment_curves(policy_metrics(), "t")
+    held_out = next(line for line in figure.axes[0].lines if line.get_label() == "held-out")
+    assert list(held_out.get_xdata()) == [0, 4, 8, 12]
+    raw, mean = figure.axes[0].lines[:2]
+    assert raw.get_xdata()[0] == 1
+    assert np.isfinite(mean.get_ydata()).all()
+    assert mean.get_ydata()[11] == pytest.approx(np.mean(raw.get_ydata()[2:12]))
+
+
+def test_the_reference_has_no_temperature():
+    titles = [ax.get_title("left") for ax in plots.rating_histograms(responses()).axes]
+    assert titles == [
+        "temperature 0.3: mean 4.5, n = 4",
+        "temperature 1.0: mean 1.0, n = 2",
+        "reference: mean 10.0, n = 2",
+    ]
+
+
+def test_expected_rating_and_spread():
+    two_peaks = np.zeros(10)
+    two_peaks[[0, 9]] = 0.5
+    figure = plots.rating_distributions({"torn": two_peaks}, "t")
+    assert figure.axes[0].get_title("left") == "torn\nexpected 5.50, sd 4.50"
+
+
+def test_calibration_error_by_hand():
+    figure = plots.reliability([0.25] * 4 + [0.75] * 4, [0, 0, 0, 1, 0, 0, 1, 1], "t")
+    assert "calibration error 0.125" in figure.axes[0].get_legend_handles_labels()[1][1]
+
+
+@pytest.mark.parametrize(
+    ("name", "color"),
+    [
+        ("sft", plot_style.GREY),
+        ("sft_16bit", plot_style.GREEN),
+        ("align_scalar_seed1", plot_style.BLUE),
+        ("align_ordinal@2", plot_style.ORANGE),
+        ("something else", plot_style.BLUE),
+    ],
+)
+def test_a_policy_keeps_its_colour(name: str, color: str):
+    assert plot_style.policy_color(name) == color
+
+
+def test_an_interval_that_holds_zero_is_hollow():
+    figure = FIGURES["paired_differences"]()
+    faces = [x.get_markerfacecolor() for x in figure.axes[0].lines if x.get_marker() == "o"]
+    assert faces == ["white", plots.COLORS["align_ordinal"]]
