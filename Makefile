@@ -28,8 +28,9 @@ help: ## list the targets (default)
 run: $(STAMP) ## execute the notebooks in order into runs/PROFILE/
 	@$(BIN) -m utils.run --profile $(PROFILE) $(if $(strip $(NOTEBOOKS)),--only $(NOTEBOOKS))
 
-publish: $(STAMP) ## copy what runs/PROFILE/ holds into results/ and notebooks/
+publish: $(STAMP) ## copy what runs/PROFILE/ holds into results/, notebooks/ and the README
 	@$(BIN) -m utils.run --profile $(PROFILE) --publish
+	@$(BIN) -m utils.summary
 
 test: $(STAMP) ## check style, then run all tests, the smoke sequence included
 	@echo "== ruff check"

@@ -49,7 +49,7 @@ def load_checkpoint(
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            reason = str(error).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             print(f"[{directory.name}] {path.name} is damaged and was removed: {reason}")
             path.unlink()
             continue

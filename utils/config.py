@@ -41,7 +41,6 @@ class DataConfig:
     split_seed: int = 0  # used when the file has no "split" column
 
     def __post_init__(self) -> None:
-        """Check the fields that no later stage could repair."""
         _require(self.source in ("embedded", "file"), "data.source", self.source, "embedded, file")
         fits = (self.source == "file") == (self.path is not None)
         _require(fits, "data.path", self.path, "a path exactly when data.source is 'file'")
@@ -58,7 +57,6 @@ class ModelConfig:
     expand_4bit: bool | None = None  # None: expand NF4 to 16 bits once, on CPU only
 
     def __post_init__(self) -> None:
-        """Check the choice of weights."""
         known = self.quantization in ("nf4", "none")
         _require(known, "model.quantization", self.quantization, "nf4, none")
 
@@ -81,7 +79,6 @@ class RewardConfig:
     save_steps: int = 25  # a checkpoint every this many steps
 
     def __post_init__(self) -> None:
-        """Check the batch sizes."""
         divides = self.micro_groups > 0 and self.groups_per_step % self.micro_groups == 0
         expected = "a divisor of reward.groups_per_step"
         _require(divides, "reward.micro_groups", self.micro_groups, expected)
@@ -116,7 +113,6 @@ class ReinforceConfig:
     min_entropy: float = 0.02  # nats per token; a batch mean below this stops the run
 
     def __post_init__(self) -> None:
-        """Check the baseline and what it needs."""
         known = ", ".join(BASELINES)
         _require(self.baseline in BASELINES, "reinforce.baseline", self.baseline, known)
         enough = self.baseline != "rloo" or self.num_generations >= 2
@@ -168,7 +164,13 @@ PROFILES: dict[str, Profile] = {
         ),
         evaluation=EvaluationConfig(batch_size=4, bootstrap_samples=200, sft_temperatures=(0.5,)),
     ),
-    "quick": Profile(name="quick"),
+    "quick": Profile(
+        name="quick",
+        data=DataConfig(train_prompts=240, validation_prompts=36, test_prompts=96),
+        reward=RewardConfig(learning_rate=5e-4, groups_per_step=4, micro_groups=4, first_layer=18),
+        reinforce=ReinforceConfig(steps=20, eval_steps=5),
+        evaluation=EvaluationConfig(batch_size=48),
+    ),
     "cpu": Profile(
         name="cpu",
         reward=RewardConfig(epochs=2.0),

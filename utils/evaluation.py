@@ -98,7 +98,7 @@ def evaluate_policy(
         }
     )
     frame["kl"] = (
-        sequence_kl(policy, tokenizer, rollout, temperature, profile) if reference else np.nan
+        sequence_kl(policy, tokenizer, rollout, temperature, profile) if reference else None
     )
     messages = [prompt.messages for prompt in batch]
     for name, reward_model in reward_models.items():
@@ -156,7 +156,7 @@ def compare(frames: Mapping[str, pd.DataFrame], column: str, samples: int) -> pd
                 "low": paired["low"],
                 "high": paired["high"],
                 "win_rate": float(np.mean((np.sign(difference) + 1) / 2)),
-                "kl": frame["kl"].mean(),
+                "kl": frame["kl"].astype(float).mean(),
                 "length": frame["length"].mean(),
                 "finished": frame["finished"].mean(),
                 "distinct_2": distinct_n(frame["response"]),

@@ -84,14 +84,16 @@ class MergedLoraLinear(PeftLoraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the layer to `x`, shape (..., in_features); plain W while adapters are disabled."""
+        base = self.get_base_layer()
         if self.disable_adapters:
-            base = self.get_base_layer()
             return F.linear(x, base.weight, base.bias)
+        if not torch.is_grad_enabled():
+            return F.linear(x, self.merged_weight(), base.bias)
         (name,) = self.active_adapters
         return _MergedLinear.apply(
             x,
             self.merged_weight(),
-            self.get_base_layer().bias,
+            base.bias,
             self.lora_A[name].weight,
             self.lora_B[name].weight,
             self.scaling[name],

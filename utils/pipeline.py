@@ -102,7 +102,9 @@ def sft_stage(profile: Profile) -> Run:
         prompts = prepared_data(profile).prompts("train")[:SCALE_PROMPTS]
         temperature = profile.reinforce.temperature
         single = replace(profile, evaluation=replace(profile.evaluation, samples_per_prompt=1))
-        frame = evaluate_policy(policy, tokenizer, prompts, single, temperature, {})
+        frame = evaluate_policy(
+            policy, tokenizer, prompts, single, temperature, {}, reference=False
+        )
         write_jsonl(run.directory / "samples.jsonl", frame.to_dict("records"))
         run.finish()
     return run

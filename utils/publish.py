@@ -20,7 +20,12 @@ import nbformat
 from nbformat import NotebookNode
 
 PATTERN = "[0-9][0-9]_*.ipynb"
-UNHASHED = ("run.py", "publish.py", "widgets.py")  # they change no number in an output
+UNHASHED = (
+    "run.py",
+    "publish.py",
+    "summary.py",
+    "widgets.py",
+)  # they change no number in an output
 
 
 class RunError(Exception):
@@ -85,7 +90,9 @@ def publish(profile: str, root: Path) -> None:
         target.metadata.update(notebook.metadata)
         target.metadata.pop("widgets", None)
         write_file(root / "notebooks" / path.name, nbformat.writes(target) + "\n")
-    for record in sorted(source.glob("*/run.json")):
+    for record in sorted(source.glob("[!.]*/run.json")):
+        if "@" in record.parent.name:  # set aside: made with another configuration
+            continue
         if read_record(record).get("status") == "finished":
             _copy_run(record.parent, results / f"{profile}-{record.parent.name}")
         else:

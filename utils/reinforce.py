@@ -77,7 +77,7 @@ def train_policy(
     optimizer = torch.optim.AdamW(trained, config.learning_rate, (0.9, 0.95), weight_decay=0.0)
     baseline = Baseline(config.baseline, config.ema_decay, config.window, config.num_generations)
     first = load_checkpoint(run.directory, policy, optimizer, baseline) + 1
-    run.rewind(first - 1)
+    run.rewind(first - 1 if first > 1 else -1)  # a fresh start logs step 0 again
     if first == 1:
         run.log({**_row(), "step": 0, **evaluate()})
     for step in range(first, config.steps + 1):

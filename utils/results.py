@@ -191,7 +191,7 @@ def append_csv(path: Path, row: Mapping[str, Any]) -> None:
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows as JSON Lines, atomically."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     atomic_write(path, lambda p: p.write_text(text, encoding="utf-8", newline="\n"))
 
 

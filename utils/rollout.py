@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from utils.logprobs import token_logprobs
 from utils.models import device
 from utils.weights import pad_right
 
@@ -114,8 +114,7 @@ def completion_logprobs(
 
     Only the positions that predict a sampled token reach the output layer: the last prompt token
     predicts the first completion token, and the end token is predicted like any other. No prompt
-    token and no pad is counted. The logits exist for `LOGIT_ROWS` positions at a time and are
-    recomputed in the backward pass.
+    token and no pad is counted. The logits exist for `LOGIT_ROWS` positions at a time.
 
     Args:
         model: the policy (inside `disable_adapter()` the reference).
@@ -129,7 +128,7 @@ def completion_logprobs(
         sampled token, detached, shape (rows,); both fp32, nats.
     """
     pairs = list(zip(prompt_ids, completion_ids, strict=True))
-    ids = pad_right([[*prompt, *completion] for prompt, completion in pairs], pad_token_id)
+    ids = pad_right([[*prompt, *completion] for prompt, completion in pairs], pad_token_id, 16)
     body, head = _parts(model)
     hidden = body(input_ids=ids.to(device()), use_cache=False).last_hidden_state
     row = torch.tensor([i for i, (_, c) in enumerate(pairs) for _ in c], device=hidden.device)
@@ -137,16 +136,8 @@ def completion_logprobs(
         [len(p) - 1 + t for p, c in pairs for t in range(len(c))], device=hidden.device
     )
     target = torch.tensor([token for _, c in pairs for token in c], device=hidden.device)
-    log_probs, entropies = [], []
-    for part in torch.arange(len(row), device=hidden.device).split(LOGIT_ROWS):
-        selected = hidden[row[part], position[part]]
-        log_prob, entropy = checkpoint(
-            _token_logprobs, head, selected, target[part], temperature, use_reentrant=False
-        )
-        log_probs.append(log_prob)
-        entropies.append(entropy)
+    log_prob, entropy = token_logprobs(hidden[row, position], head, target, temperature, LOGIT_ROWS)
     zeros = torch.zeros(len(pairs), device=hidden.device)
-    log_prob, entropy = torch.cat(log_probs), torch.cat(entropies)
     return zeros.index_add(0, row, log_prob), zeros.index_add(0, row, entropy)
 
 
@@ -171,17 +162,6 @@ def batched_logprobs(
             )
             log_probs[rows], entropies[rows] = log_prob.cpu(), entropy.cpu()
     return log_probs, entropies
-
-
-def _token_logprobs(
-    head: nn.Module, hidden: Tensor, target: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    logits = head(hidden).float() / temperature
-    normaliser = logits.logsumexp(-1)
-    log_prob = logits.gather(-1, target[:, None])[:, 0] - normaliser
-    with torch.no_grad():
-        entropy = normaliser - (logits.softmax(-1) * logits).sum(-1)
-    return log_prob, entropy
 
 
 def _parts(model: PeftModel) -> tuple[nn.Module, nn.Module]:

@@ -22,6 +22,7 @@ from utils.run import REPO
 
 TOP_LEVEL = {
     *("README.md", "LICENSE", "Makefile", "pyproject.toml", ".gitignore", ".ci"),
+    ".gitattributes",
     *("requirements.txt", "requirements-lock.txt", "notebooks", "utils", "results", "tests"),
 }
 RUN_KEYS = {

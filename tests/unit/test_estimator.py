@@ -158,7 +158,19 @@ def exact_gradient():
     return policy * (MEANS - policy @ MEANS)
 
 
-def estimates(kind, count, batch, estimate=reinforce_loss, offset=0.0, early=False, **options):
+def right(advantages, log_policy, arms):
+    return reinforce_loss(advantages, log_policy[arms])
+
+
+def full_vocabulary_mean(advantages, log_policy, arms):
+    return -(advantages * log_policy.mean(-1)).mean()
+
+
+def batch_mean_reward(advantages, log_policy, arms):
+    return -(advantages.mean() * log_policy[arms].mean())
+
+
+def estimates(kind, count, batch, estimate=right, offset=0.0, early=False, **options):
     """Return `count` gradient estimates at THETA, from `batch` pulls each, as ascent directions."""
     generator = torch.Generator().manual_seed(0)
     theta = THETA.clone().requires_grad_()
@@ -170,8 +182,7 @@ def estimates(kind, count, batch, estimate=reinforce_loss, offset=0.0, early=Fal
         rewards = MEANS[arms] + offset + 0.5 * noise
         if early:
             baseline.update(rewards)
-        chosen = log_policy[arms] if estimate is reinforce_loss else log_policy
-        loss = estimate(rewards - baseline.value(rewards), chosen)
+        loss = estimate(rewards - baseline.value(rewards), log_policy, arms)
         found.append(-torch.autograd.grad(loss, theta)[0])
         if not early:
             baseline.update(rewards)
@@ -182,15 +193,6 @@ def z_score(found, expected):
     """Return the largest deviation from the expected mean, in its standard errors."""
     error = found.std(0) / len(found) ** 0.5
     return ((found.mean(0) - expected) / error).abs().max().item()
-
-
-def full_vocabulary_mean(advantages, log_policy):
-    return -(advantages * log_policy.mean(-1)).mean()
-
-
-def batch_mean_reward(advantages, log_policy):
-    """Weigh every arm's log-probability, in proportion to its pulls, by the same mean reward."""
-    return -(advantages.mean() * (log_policy.exp().detach() @ log_policy))
 
 
 def test_the_exact_gradient_is_right():

@@ -1,0 +1,32 @@
+"""The headline numbers and the README's tables follow from the published runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from utils import summary
+from utils.results import ROOT, read_json
+
+
+def test_summary_is_what_the_published_runs_give():
+    assert read_json(summary.RESULTS / "summary.json") == summary.headline()
+
+
+def test_readme_shows_the_published_numbers():
+    text = (ROOT / "README.md").read_text()
+    parts = summary.render(read_json(summary.RESULTS / "summary.json"))
+    assert text == summary.fill(text, parts), "run `python -m utils.summary`"
+
+
+def test_every_headline_number_lies_in_its_interval():
+    for name, entry in read_json(summary.RESULTS / "summary.json").items():
+        if entry["low"] is not None:
+            assert entry["low"] <= entry["value"] <= entry["high"], name
+
+
+def test_fill_replaces_only_between_the_markers():
+    text = "a\n<!-- x -->\nold\n<!-- /x -->\nb"
+    assert summary.fill(text, {"x": "new"}) == "a\n<!-- x -->\nnew\n<!-- /x -->\nb"
+    assert summary.fill("<!-- x -->\n\n<!-- /x -->", {"x": "n"}) == "<!-- x -->\nn\n<!-- /x -->"
+    with pytest.raises(ValueError, match="'y'"):
+        summary.fill(text, {"y": "new"})

@@ -1,0 +1,419 @@
+"""The training loop: one step by hand, what it logs, what stops it, and surviving kills."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from utils import models, reinforce, rollout
+from utils.checkpoints import load_adapter
+from utils.config import ModelConfig, ReinforceConfig
+from utils.data import Prompt
+from utils.environment import ROOT
+from utils.reinforce import TrainingStopped, step_prompts, train_policy
+from utils.results import GLOSSARY, Run
+from utils.weights import load_tokenizer
+
+TINY = ModelConfig(name="tiny-random")
+CONFIG = ReinforceConfig(
+    steps=6,
+    prompts_per_step=4,
+    max_completion_length=6,
+    temperature=1.0,
+    learning_rate=3e-3,
+    warmup_steps=2,
+    lora_r=4,
+    micro_batch=3,
+    eval_steps=2,
+    save_steps=2,
+)
+QUESTIONS = ["Name a colour.", "What is two and two?", "Hi", "Write a haiku about rain.", "Why?"]
+PROMPTS = [
+    Prompt(f"p{i}", "train", None, ({"role": "user", "content": text},))
+    for i, text in enumerate(QUESTIONS)
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _pinned():
+    with pytest.MonkeyPatch.context() as patch:
+        pin(patch.setattr)
+        yield
+
+
+def pin(set_attribute):
+    """Compute in fp32 on the CPU."""
+    set_attribute(models, "compute_dtype", lambda where: torch.float32)
+    for module in (models, rollout):
+        set_attribute(module, "device", lambda: torch.device("cpu"))
+
+
+@cache
+def words():
+    return load_tokenizer(TINY)
+
+
+def shorter(batch, drawn):
+    return -drawn.lengths()
+
+
+def quick_policy(config=CONFIG):
+    """A policy of 512 words that ends a completion every few of them."""
+    policy = models.load_policy(TINY, config.lora_r, config.lora_alpha, seed=0)
+    base = policy.get_base_model()
+    head = nn.Linear(base.lm_head.in_features, 512)
+    with torch.no_grad():
+        head.weight.copy_(15 * base.lm_head.weight[:512])
+        head.bias.zero_()[base.config.eos_token_id] = 6.0
+    base.lm_head = head.requires_grad_(False)
+    return policy
+
+
+def train(directory, reward_of=shorter, monitor=None, seed=0, **changes):
+    """Train, or go on training, in `directory`; the held-out metric tells the exact adapter."""
+    config = dataclasses.replace(CONFIG, **changes)
+    policy, run = quick_policy(config), Run(directory, {}, seed, "f" * 16)
+
+    def evaluate():
+        return {"eval_kl": sum(p.abs().sum().item() for p in trained(policy).values())}
+
+    train_policy(policy, words(), PROMPTS, reward_of, config, seed, run, evaluate, monitor)
+    return policy, run
+
+
+def trained(policy):
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
+
+
+def rows_of(run):
+    return run.metrics().drop(columns="seconds")
+
+
+def assert_same_rows(run, whole):
+    found, expected = rows_of(run), rows_of(whole)
+    assert found.step.tolist() == expected.step.tolist(), "a step is missing or logged twice"
+    assert found.equals(expected), f"a resumed run differs:\n{found.compare(expected)}"
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("unbroken") / "align")
+
+
+# The order of the prompts
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 3), st.integers(0, 99))
+def test_an_epoch_covers_every_prompt_once(count, distinct, generations, seed):
+    prompts = [Prompt(str(i), "train", None, ()) for i in range(count)]
+    seen = []
+    for step in range(1, 2 * count + 1):
+        batch = step_prompts(prompts, step, distinct * generations, seed, generations)
+        assert batch == step_prompts(prompts, step, distinct * generations, seed, generations)
+        assert len(batch) == distinct * generations
+        for first in range(0, len(batch), generations):
+            assert len(set(batch[first : first + generations])) == 1, "generations are adjacent"
+        seen += [prompt.id for prompt in batch[::generations]]
+    for epoch in range(2 * distinct):
+        assert Counter(seen[epoch * count : (epoch + 1) * count]) == Counter(map(str, range(count)))
+
+
+def test_epochs_and_seeds_have_their_own_order():
+    prompts = [Prompt(str(i), "train", None, ()) for i in range(30)]
+    first, second = (step_prompts(prompts, step, 30, 0) for step in (1, 2))
+    other = step_prompts(prompts, 1, 30, 1)
+    assert len({tuple(p.id for p in order) for order in (prompts, first, second, other)}) == 4
+
+
+# One step
+
+
+def test_one_step_by_hand(tmp_path):
+    """The gradient that reaches the optimiser is that of -mean_i [A_i sum_t log pi]."""
+    policy, tokenizer = quick_policy(), words()
+    torch.manual_seed(1)
+    for name, parameter in trained(policy).items():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    drawn = reinforce._rollout(policy, tokenizer, step_prompts(PROMPTS, 1, 5, 0), CONFIG, 0)
+    advantages = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0])
+    log_probs = []
+    for prompt, completion in zip(drawn.prompt_ids, drawn.completion_ids, strict=True):
+        logits = policy(input_ids=torch.tensor([prompt + completion])).logits[0]
+        log_policy = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        log_probs.append(log_policy[range(len(completion)), completion].sum())
+    loss = -(advantages * torch.stack(log_probs)).mean()
+    expected = torch.autograd.grad(loss, list(trained(policy).values()))
+    before = [p.detach().clone() for p in trained(policy).values()]
+    for micro_batch in (1, 2, 5):
+        with torch.no_grad():
+            for parameter, value in zip(trained(policy).values(), before, strict=True):
+                parameter.copy_(value)
+        config = dataclasses.replace(CONFIG, micro_batch=micro_batch, max_grad_norm=1e9)
+        found = reinforce._update(
+            policy,
+            torch.optim.SGD(trained(policy).values()),
+            *(tokenizer, drawn, advantages, config, {"learning_rate": 1.0}),
+        )
+        moved = [b - p for b, p in zip(before, trained(policy).values(), strict=True)]
+        torch.testing.assert_close(moved, list(expected), atol=1e-3, rtol=1e-3)
+        assert found["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        norm = torch.cat([gradient.flatten() for gradient in expected]).norm().item()
+        assert found["grad_norm"] == pytest.approx(norm, rel=1e-3)
+
+
+def test_the_gradient_is_clipped_and_its_norm_logged_before(tmp_path):
+    policy, tokenizer = quick_policy(), words()
+    drawn = reinforce._rollout(policy, tokenizer, PROMPTS, CONFIG, 0)
+    before = {name: p.detach().clone() for name, p in trained(policy).items()}
+    config = dataclasses.replace(CONFIG, max_grad_norm=1e-2)
+    found = reinforce._update(
+        policy,
+        torch.optim.SGD(trained(policy).values()),
+        *(tokenizer, drawn, shorter(None, drawn), config, {"learning_rate": 1.0}),
+    )
+    moved = torch.cat([(p - before[n]).flatten() for n, p in trained(policy).items()]).norm()
+    assert found["grad_norm"] > 1, "the norm must be that before clipping"
+    assert moved.item() == pytest.approx(1e-2, rel=1e-2), "the gradient was not clipped"
+
+
+# What is logged
+
+
+def test_rows(unbroken):
+    _, run = unbroken
+    metrics = run.metrics()
+    assert set(metrics) <= set(GLOSSARY)
+    assert metrics.step.tolist() == list(range(CONFIG.steps + 1))
+    start = metrics.iloc[0].dropna()
+    assert set(start.index) == {"step", "eval_kl"}, "before training there is an evaluation alone"
+    assert metrics.step[metrics.eval_kl.notna()].tolist() == [0, 2, 4, 6]
+    steps = metrics.iloc[1:]
+    own = [name for name in steps if not name.startswith("eval_")]
+    assert steps[own].notna().all(axis=None)
+    rates = CONFIG.learning_rate * torch.tensor([1 / 2, 1, 1, 1, 1, 1])
+    assert steps.learning_rate.tolist() == pytest.approx(rates.tolist())
+    assert steps.kl.iloc[0] == 0, "the first rollout is the SFT policy's"
+    assert steps.kl.iloc[-1] != 0
+    assert (steps.reward + steps["completions/mean_length"]).abs().max() < 1e-5
+    regularised = steps.reward - CONFIG.beta * steps.kl
+    assert steps.objective.tolist() == pytest.approx(regularised.tolist(), rel=1e-4), "KL sign"
+    assert steps["completions/clipped_ratio"].between(0, 1).all()
+
+
+def test_the_baseline_is_read_before_it_is_updated(unbroken):
+    steps = rows_of(unbroken[1]).iloc[1:]
+    assert steps.baseline.iloc[0] == 0, "baseline updated before use"
+    seen = steps.objective.expanding().mean().shift().iloc[1:]
+    assert steps.baseline.iloc[1:].tolist() == pytest.approx(seen.tolist(), rel=1e-4)
+    ungiven = steps.reward.expanding().mean().shift().iloc[1:]
+    assert abs(seen - ungiven).max() > 1e-3, "the KL is part of what the baseline averages"
+
+
+def test_the_adapter_is_trained_and_nothing_else(unbroken):
+    before, after = (dict(p.named_parameters()) for p in (quick_policy(), unbroken[0]))
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert moved == set(trained(unbroken[0]))
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["shorter", "longer"])
+def test_the_reward_rises(tmp_path, sign):
+    _, run = train(
+        tmp_path / "align",
+        lambda batch, drawn: sign * shorter(batch, drawn),
+        steps=15,
+        prompts_per_step=8,
+        micro_batch=8,
+        max_kl=1e9,
+        min_entropy=0.0,
+        learning_rate=1e-2,
+        beta=0.0,
+    )
+    reward = run.metrics().reward[1:]
+    assert reward[-5:].mean() > reward[:5].mean() + 0.5
+
+
+@pytest.mark.parametrize("baseline", ["none", "ema", "window", "batch_mean", "rloo"])
+def test_every_baseline_runs_and_resumes(tmp_path, baseline):
+    options = {"steps": 4, "baseline": baseline, "num_generations": 2, "window": 2}
+    _, whole = train(tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "align", monitor=stop_at(3), **options)
+    assert_same_rows(train(tmp_path / "align", **options)[1], whole)
+
+
+def test_the_monitor_sees_every_step(tmp_path):
+    seen = []
+
+    def monitor(row, batch, drawn, rewards):
+        seen.append((row["step"], len(batch), len(drawn), rewards.mean().item() == row["reward"]))
+
+    train(tmp_path / "align", monitor=monitor, steps=2)
+    assert seen == [(1, 4, 4, True), (2, 4, 4, True)]
+
+
+# Kills
+
+
+def stop_at(step):
+    def monitor(row, *_):
+        if row["step"] == step:
+            raise KeyboardInterrupt
+
+    return monitor
+
+
+def test_the_seed_decides_the_run(tmp_path, unbroken):
+    assert_same_rows(train(tmp_path / "same")[1], unbroken[1])
+    _, other = train(tmp_path / "other", seed=1)
+    assert not rows_of(other).equals(rows_of(unbroken[1]))
+
+
+@pytest.mark.parametrize("step", range(1, CONFIG.steps))
+def test_an_interrupted_run_gives_the_same_rows(tmp_path, unbroken, step):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "align", monitor=stop_at(step))
+    policy, run = train(tmp_path / "align")
+    assert_same_rows(run, unbroken[1])
+    for name, parameter in trained(policy).items():
+        assert torch.equal(parameter, trained(unbroken[0])[name]), name
+
+
+def test_a_run_killed_before_its_first_step_evaluates_once(tmp_path, unbroken):
+    def fail(batch, drawn):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "align", fail)
+    assert_same_rows(train(tmp_path / "align")[1], unbroken[1])
+
+
+def test_a_run_killed_by_the_system_gives_the_same_rows(tmp_path, unbroken):
+    """A real SIGKILL: nothing gets a chance to tidy up."""
+    directory = tmp_path / "align"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(directory)]
+    path = directory / "metrics.csv"
+    with subprocess.Popen(command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}) as child:
+        deadline = time.time() + 300
+        while child.poll() is None and time.time() < deadline:
+            if path.exists() and path.read_bytes().count(b"\n") > 3:
+                break
+            time.sleep(0.01)
+        child.kill()
+    assert child.returncode == -signal.SIGKILL, "it ended by itself"
+    assert 3 <= len(Run(directory, {}, 0, "f" * 16).metrics()) <= CONFIG.steps
+    assert_same_rows(train(directory)[1], unbroken[1])
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A run that was killed after step 5; its checkpoints are those of steps 2 and 4."""
+    directory = tmp_path_factory.mktemp("killed") / "align"
+    with pytest.raises(KeyboardInterrupt):
+        train(directory, monitor=stop_at(5))
+    assert checkpoints(directory) == ["step-000002.pt", "step-000004.pt"]
+    return directory
+
+
+def checkpoints(directory):
+    return sorted(path.name for path in (directory / "checkpoints").glob("step-*"))
+
+
+def cut(path, keep):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    killed, tmp_path, unbroken, capsys, keep
+):
+    shutil.copytree(killed, tmp_path / "align")
+    cut(tmp_path / "align" / "checkpoints" / "step-000004.pt", keep)
+    _, run = train(tmp_path / "align")
+    printed = capsys.readouterr().out
+    assert "[align] step-000004.pt is damaged and was removed" in printed
+    assert "[align] goes on after step 2" in printed
+    assert_same_rows(run, unbroken[1])
+
+
+def test_without_a_readable_checkpoint_the_run_starts_anew(killed, tmp_path, unbroken):
+    shutil.copytree(killed, tmp_path / "align")
+    for path in (tmp_path / "align" / "checkpoints").glob("step-*"):
+        cut(path, 0.3)
+    assert_same_rows(train(tmp_path / "align")[1], unbroken[1])
+
+
+def test_the_last_adapter_is_loaded_for_evaluation(unbroken, tmp_path):
+    policy = quick_policy()
+    load_adapter(unbroken[1].directory, policy)
+    for name, parameter in trained(policy).items():
+        assert torch.equal(parameter, trained(unbroken[0])[name]), name
+    with pytest.raises(FileNotFoundError, match="align has no checkpoint; train"):
+        load_adapter(tmp_path / "align", policy)
+
+
+# What stops a run
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
+def test_a_reward_that_is_not_finite_stops_the_run(tmp_path, unbroken, bad):
+    calls = []
+
+    def spoiled(batch, drawn):
+        calls.append(1)
+        rewards = shorter(batch, drawn)
+        rewards[0] = bad if len(calls) == 4 else rewards[0]
+        return rewards
+
+    with pytest.raises(TrainingStopped, match=r"^\[align\] step 4: reward is .*align/checkpoints"):
+        train(tmp_path / "align", spoiled)
+    assert checkpoints(tmp_path / "align") == ["step-000002.pt"], "the last good one is kept"
+    assert_same_rows(train(tmp_path / "align")[1], unbroken[1])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, unbroken):
+    right, calls = reinforce.reinforce_loss, []
+
+    def spoiled(*args):
+        calls.append(1)  # two micro-batches a step
+        return right(*args) * (float("nan") if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(reinforce, "reinforce_loss", spoiled)
+    with pytest.raises(TrainingStopped, match=r"^\[align\] step 3: loss is nan.*align/checkpoints"):
+        train(tmp_path / "align")
+    assert checkpoints(tmp_path / "align") == ["step-000002.pt"]
+    monkeypatch.undo()
+    assert_same_rows(train(tmp_path / "align")[1], unbroken[1])
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ({"max_kl": 1e-4}, r"step [2-6]: KL .* is above reinforce\.max_kl = 0\.0001; raise .*beta"),
+        ({"min_entropy": 99.0}, r"step 1: entropy .* reinforce\.min_entropy = 99\.0: .*collapsed"),
+    ],
+)
+def test_a_runaway_or_collapsed_policy_stops_the_run(tmp_path, limit, message):
+    with pytest.raises(TrainingStopped, match=message + ".*align/checkpoints"):
+        train(tmp_path / "align", **limit)
+
+
+if __name__ == "__main__":  # the run that is killed
+    torch.set_num_threads(1)
+    pin(setattr)
+    train(Path(sys.argv[1]), monitor=lambda *_: time.sleep(0.3))
