@@ -92,12 +92,12 @@ BASELINES = ("none", "running_mean", "ema", "window", "batch_mean", "rloo")
 class ReinforceConfig:
     """REINFORCE with a baseline (Ahmadian et al. 2024, arXiv 2402.14740, section 3)."""
 
-    steps: int = 24
+    steps: int = 60
     prompts_per_step: int = 32
     num_generations: int = 1  # samples per prompt; "rloo" needs two or more
     max_completion_length: int = 96
     temperature: float = 0.7  # the policy is softmax(logits / temperature)
-    beta: float = 0.05  # weight of the sequence KL, in SFT reward standard deviations per nat
+    beta: float = 0.1  # weight of the sequence KL, in SFT reward standard deviations per nat
     learning_rate: float = 5e-4
     warmup_steps: int = 3
     baseline: str = "running_mean"
@@ -168,13 +168,12 @@ PROFILES: dict[str, Profile] = {
         name="quick",
         data=DataConfig(train_prompts=240, validation_prompts=36, test_prompts=96),
         reward=RewardConfig(learning_rate=5e-4, groups_per_step=4, micro_groups=4, first_layer=18),
-        reinforce=ReinforceConfig(steps=20, eval_steps=5),
+        reinforce=ReinforceConfig(steps=16, learning_rate=4e-4, beta=0.1, eval_steps=4),
         evaluation=EvaluationConfig(batch_size=48),
     ),
     "cpu": Profile(
         name="cpu",
         reward=RewardConfig(epochs=2.0),
-        reinforce=ReinforceConfig(steps=60),
         evaluation=EvaluationConfig(samples_per_prompt=4),
     ),
 }

@@ -31,7 +31,8 @@ from utils.weights import encode_dialogue, encode_prompt, load_tokenizer
 SCALE_PROMPTS = 128  # training prompts whose SFT samples fix the unit of the reward
 # Which fields shape a stage's artefact, besides the seed and the data's fingerprint.
 REWARD_FIELDS = ("data", "model", "reward", "evaluation")
-SFT_FIELDS = ("data", "model", "reinforce", "evaluation")
+SAMPLING_FIELDS = ("reinforce.temperature", "reinforce.max_completion_length", "evaluation.seed")
+SFT_FIELDS = ("data", "model", *SAMPLING_FIELDS)
 ALIGN_FIELDS = ("data", "model", "reward", "reinforce", "evaluation")
 
 
@@ -49,14 +50,14 @@ def prepared_data(profile: Profile) -> PreferenceData:
     return drop_long(data, count, profile.data.max_prompt_length, profile.data.max_length)
 
 
-def stage_config(profile: Profile, sections: tuple[str, ...], **extra: Any) -> dict[str, Any]:
-    """Return the configuration fields that shape a stage, with the data's fingerprint."""
-    fields = {
+def stage_config(profile: Profile, fields: tuple[str, ...], **extra: Any) -> dict[str, Any]:
+    """Return the sections and single fields that shape a stage, with the data's fingerprint."""
+    values = {
         name: value
         for name, value in flatten(profile).items()
-        if name.partition(".")[0] in sections
+        if name in fields or name.partition(".")[0] in fields
     }
-    return fields | {
+    return values | {
         "seed": profile.seed,
         "data.fingerprint": prepared_data(profile).fingerprint,
         **extra,

@@ -42,6 +42,7 @@ KERNEL_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "8000000000",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "REPORT_WIDGETS": "0",  # nobody is looking: plain text instead of a live view
 }
 
 

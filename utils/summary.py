@@ -46,6 +46,10 @@ def headline(results: Path = RESULTS) -> dict[str, dict[str, Any]]:
             "distinct2_ratio": row["distinct_2"] / sft["distinct_2"],
         }.items():
             found[f"align_{kind}.{name}"] = _entry({"value": value, "n": row["n"]}, run)
+    for row in pd.read_csv(results / "tables" / "06_gains.csv").to_dict("records"):
+        run, judged = f"{PROFILE}-{row['policy']}", f"{row['policy']}.beyond_best_{row['reward']}"
+        beyond = {key: row[f"beyond_best_{key}"] for key in ("value", "low", "high")}
+        found[judged] = _entry({**beyond, "n": found[f"{row['policy']}.gain_sd"]["n"]}, run)
     return found | _rules(results) | _cost(results)
 
 
@@ -53,6 +57,7 @@ def render(summary: dict[str, dict[str, Any]], results: Path = RESULTS) -> dict[
     """Return the generated parts of the README by name, as Markdown."""
     return {
         "results": _policy_table(results),
+        "answer": _answer(results),
         "reward-models": _reward_table(summary),
         "cost": _cost_table(results),
         "glossary": "\n".join(
@@ -131,6 +136,32 @@ def _policy_table(results: Path) -> str:
         cells += [kl, f"{row['length']:.0f}", f"{row['finished']:.2f}"]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _answer(results: Path) -> str:
+    """Say what the intervals allow, and no more."""
+    gains = pd.read_csv(results / "tables" / "06_gains.csv").set_index(["policy", "reward"])
+    other = {"scalar": "ordinal", "ordinal": "scalar"}
+    lines = []
+    for kind in KINDS:
+        own, judge = (gains.loc[(f"align_{kind}", k)] for k in (kind, other[kind]))
+        table = pd.read_csv(results / "tables" / f"06_test_{kind}.csv").set_index("policy")
+        row, sft = table.loc[f"align_{kind}"], table.loc["sft"]
+        lines.append(
+            f"- **{POLICIES[f'align_{kind}']}**: its own reward {_moved(own, '')} by "
+            f"{_interval(own)} SFT standard deviations, and {_moved(own, 'beyond_best_')} by "
+            f"{own['beyond_best_value']:+.2f} [{own['beyond_best_low']:+.2f}, "
+            f"{own['beyond_best_high']:+.2f}] against SFT at its best temperature. Under the other "
+            f"reward model, which it never saw, it {_moved(judge, '')} by {_interval(judge)}. The "
+            f"price: {row['kl']:.1f} nats of KL, and {row['length']:.0f} tokens a completion "
+            f"instead of {sft['length']:.0f}."
+        )
+    return "\n".join(lines)
+
+
+def _moved(row: pd.Series, prefix: str) -> str:
+    low, high = row[f"{prefix}low"], row[f"{prefix}high"]
+    return "rose" if low > 0 else "fell" if high < 0 else "moved inconclusively,"
 
 
 def _interval(row: pd.Series) -> str:

@@ -114,9 +114,9 @@ def test_training_and_held_out_rewards_have_that_unit(untrained):
 
     policy, tokenizer, run = align_stage("scalar", profile(), monitor)
     reward_model, info = reward_stage("scalar", profile())[0], run.info
-    for batch, drawn, rewards in seen:
+    for batch, drawn, found in seen:
         raw = reward_model.score([p.messages for p in batch], drawn.texts, drawn.finished)
-        torch.testing.assert_close(rewards, (raw - info["reward_mean"]) / info["reward_std"])
+        torch.testing.assert_close(found, (raw - info["reward_mean"]) / info["reward_std"])
     prompts, temperature = prepared_data(profile()).prompts("validation"), 0.7
     arguments = (policy, tokenizer, prompts, profile(), temperature, {"scalar": reward_model})
     raw = pipeline.evaluate_policy(*arguments).reward_scalar.mean()
