@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
 from utils.estimator import Baseline
-from utils.results import atomic_write
+from utils.results import ResultsError, atomic_write
 
 KEPT = 2
 
@@ -66,12 +66,16 @@ def load_adapter(directory: Path, policy: PeftModel) -> None:
     """Load the adapter of the newest checkpoint into `policy`, for evaluation.
 
     Raises:
-        FileNotFoundError: if the run has no checkpoint.
+        ResultsError: if the run has no checkpoint, or the last one cannot be read.
     """
+    remedy = f"remove the folder {directory.name} of this run and train the policy again"
     newest = _all(directory)
     if not newest:
-        raise FileNotFoundError(f"{directory.name} has no checkpoint; train the policy first")
-    state = torch.load(newest[-1], map_location="cpu", weights_only=True)
+        raise ResultsError(f"{directory.name} has no checkpoint; {remedy}")
+    try:
+        state = torch.load(newest[-1], map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ResultsError(f"{newest[-1].name} cannot be read; {remedy}") from error
     set_peft_model_state_dict(policy, state["adapter"])
 
 

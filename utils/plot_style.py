@@ -112,10 +112,11 @@ def measured(frame: pd.DataFrame, column: str) -> tuple[pd.Series, pd.Series]:
 
 
 def smooth(ax: Axes, frame: pd.DataFrame, column: str, color: str, label: str = "") -> None:
-    """Draw a column by step, raw and as the mean of the last ten measured values."""
+    """Draw a column by step, raw and as a moving average over a fifth of the run, at most ten."""
     x, y = measured(frame, column)
     ax.plot(x, y, color=color, alpha=0.35, lw=1)
-    ax.plot(x, y.rolling(10, min_periods=1).mean(), color=color, lw=2, label=label or None)
+    window = min(10, max(2, len(y) // 5))
+    ax.plot(x, y.rolling(window, min_periods=1).mean(), color=color, lw=2, label=label or None)
 
 
 def intervals(ax: Axes, y: Iterable[float], table: Iterable, color: str, label: str = "") -> None:

@@ -68,8 +68,8 @@ def category_overview(frame: pd.DataFrame, title: str = "Ratings and length by c
 def reward_training(metrics: pd.DataFrame, title: str, constant: float | None = None) -> Figure:
     """Show loss and accuracy by step; `constant`, a loss of predicting blindly, is a line."""
     fig, left, right = look.panels(1, 2, 3.2, title)
-    look.smooth(left, metrics, "loss", look.BLUE, "mean of 10 steps")
-    look.smooth(right, metrics, "accuracy", look.BLUE, "mean of 10 steps")
+    look.smooth(left, metrics, "loss", look.BLUE, "moving average")
+    look.smooth(right, metrics, "accuracy", look.BLUE, "moving average")
     if constant is not None:
         left.axhline(constant, color=look.DARK, ls="--", label=f"best constant, {constant:.4g}")
     right.axhline(0.5, color=look.DARK, ls="--", label="chance")
@@ -159,7 +159,7 @@ def alignment_curves(
     }
     fig, *axes = look.panels(2, 3, 5.4, title)
     for ax, (column, (label, held_out)) in zip(axes, shown.items(), strict=True):
-        look.smooth(ax, frame, column, look.BLUE, "training, mean of 10 steps")
+        look.smooth(ax, frame, column, look.BLUE, "training, moving average")
         if column in known:
             ax.axhline(known[column], color=look.GREY, ls="--", label="SFT")
         if held_out:
@@ -192,7 +192,7 @@ def comparison_curves(
         color = look.policy_color(name, place)
         x, y = look.measured(metrics, "eval_reward")
         if name in bands:
-            band = bands[name].dropna()
+            band = bands[name].dropna(subset=["mean", "low", "high"])
             x, y = band["step"], band["mean"]
             ax.fill_between(x, band["low"], band["high"], color=color, alpha=0.18, lw=0)
         ax.plot(x, y, "o-", color=color, lw=2, ms=5, label=look.NAMES.get(name, name))

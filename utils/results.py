@@ -20,7 +20,7 @@ import torch
 from utils.config import Profile, config_hash
 from utils.environment import ROOT, environment, peak_rss_gb
 
-# One line of meaning for every column of every metrics.csv; the README's glossary is this table.
+# What every column of every metrics.csv means: the README's glossary.
 GLOSSARY = {
     "step": "optimiser step, from 1",
     "loss": "the quantity that was minimised, mean over the step's batch",
@@ -56,11 +56,9 @@ def runs_dir(profile: Profile) -> Path:
 
 
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file or folder under a temporary name, then rename it.
+    """Write a file or folder by calling `write` with a temporary path, then rename it.
 
-    Args:
-        path: where the result shall be; its parent is made.
-        write: called with the temporary path.
+    The parent of `path` is made.
 
     Raises:
         ResultsError: if the disk is full; whatever was at `path` before is still there.
@@ -190,9 +188,10 @@ def append_csv(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows as JSON Lines, atomically."""
-    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    atomic_write(path, lambda p: p.write_text(text, encoding="utf-8", newline="\n"))
+    """Write rows as JSON Lines, atomically; NaN, which JSON does not know, becomes null."""
+    plain = ({k: None if v != v else v for k, v in row.items()} for row in rows)
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in plain]
+    atomic_write(path, lambda p: p.write_bytes("".join(lines).encode()))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

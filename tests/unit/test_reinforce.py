@@ -69,9 +69,9 @@ def shorter(batch, drawn):
     return -drawn.lengths()
 
 
-def quick_policy(config=CONFIG):
+def quick_policy():
     """A policy of 512 words that ends a completion every few of them."""
-    policy = models.load_policy(TINY, config.lora_r, config.lora_alpha, seed=0)
+    policy = models.load_policy(TINY, CONFIG.lora_r, CONFIG.lora_alpha, seed=0)
     base = policy.get_base_model()
     head = nn.Linear(base.lm_head.in_features, 512)
     with torch.no_grad():
@@ -84,7 +84,7 @@ def quick_policy(config=CONFIG):
 def train(directory, reward_of=shorter, monitor=None, seed=0, **changes):
     """Train, or go on training, in `directory`; the held-out metric tells the exact adapter."""
     config = dataclasses.replace(CONFIG, **changes)
-    policy, run = quick_policy(config), Run(directory, {}, seed, "f" * 16)
+    policy, run = quick_policy(), Run(directory, {}, seed, "f" * 16)
 
     def evaluate():
         return {"eval_kl": sum(p.abs().sum().item() for p in trained(policy).values())}
