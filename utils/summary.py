@@ -148,13 +148,24 @@ def _answer(results: Path) -> str:
         table = pd.read_csv(results / "tables" / f"06_test_{kind}.csv").set_index("policy")
         row, sft = table.loc[f"align_{kind}"], table.loc["sft"]
         lines.append(
-            f"- **{POLICIES[f'align_{kind}']}**: its own reward {_moved(own, '')} by "
+            f"- **{POLICIES[f'align_{kind}'].capitalize()}**: its own reward {_moved(own, '')} by "
             f"{_interval(own)} SFT standard deviations, and {_moved(own, 'beyond_best_')} by "
             f"{own['beyond_best_value']:+.2f} [{own['beyond_best_low']:+.2f}, "
             f"{own['beyond_best_high']:+.2f}] against SFT at its best temperature. Under the other "
             f"reward model, which it never saw, it {_moved(judge, '')} by {_interval(judge)}. The "
             f"price: {row['kl']:.1f} nats of KL, and {row['length']:.0f} tokens a completion "
             f"instead of {sft['length']:.0f}."
+        )
+    rules = pd.read_csv(results / "tables" / "01_rules.csv").set_index(["pairs", "rule"])
+    cooler = rules.loc[("between samples", "cooler"), "accuracy"]
+    best = [pd.read_csv(results / "tables" / f"06_test_{kind}.csv") for kind in KINDS]
+    blind = all((t.loc[t["policy"] == "sft_best", "low"] <= 0).all() for t in best)
+    if blind:
+        lines.append(
+            f"- **Doubts.** The raters preferred the cooler of two samples in {cooler:.0%} of the "
+            "test pairs between samples, yet neither reward model clearly rates the SFT model "
+            "higher at its best temperature: they see less than the raters did. And the policies "
+            "became brief. How much of the gain is brevity, these runs do not settle."
         )
     return "\n".join(lines)
 
