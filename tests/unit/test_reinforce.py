@@ -23,7 +23,7 @@ from utils.config import ModelConfig, ReinforceConfig
 from utils.data import Prompt
 from utils.environment import ROOT
 from utils.reinforce import TrainingStopped, step_prompts, train_policy
-from utils.results import GLOSSARY, Run
+from utils.results import GLOSSARY, ResultsError, Run
 from utils.weights import load_tokenizer
 
 TINY = ModelConfig(name="tiny-random")
@@ -363,8 +363,14 @@ def test_the_last_adapter_is_loaded_for_evaluation(unbroken, tmp_path):
     load_adapter(unbroken[1].directory, policy)
     for name, parameter in trained(policy).items():
         assert torch.equal(parameter, trained(unbroken[0])[name]), name
-    with pytest.raises(FileNotFoundError, match="align has no checkpoint; train"):
+    with pytest.raises(ResultsError, match="align has no checkpoint; remove the folder align"):
         load_adapter(tmp_path / "align", policy)
+    for name, content in {"step-000001.pt": b"", "step-000002.pt": b"PK cut short"}.items():
+        path = tmp_path / "align" / "checkpoints" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        with pytest.raises(ResultsError, match=f"{name} cannot be read; remove the folder align"):
+            load_adapter(tmp_path / "align", policy)
 
 
 # What stops a run

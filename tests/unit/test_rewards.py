@@ -208,14 +208,48 @@ def test_training_reads_what_scoring_reads(pinned):
     scored = reward_model.logits(
         [PROMPT] * 6, [r.text for r in responses], [r.finished for r in responses]
     )
-    torch.testing.assert_close(trained, scored, atol=2e-5, rtol=1e-4)
+    texts = [ids for row in dataset for ids in row["ids"]]
+    order = sorted(range(6), key=lambda index: len(texts[index]))  # as the collator sorts
+    torch.testing.assert_close(trained, scored[order], atol=2e-5, rtol=1e-4)
+
+
+def test_a_batch_read_a_few_rows_at_a_time_gives_the_same_logits(pinned, monkeypatch):
+    """Cutting each few rows to their longest must lose no token."""
+    reward_model = stirred("ordinal")
+    dataset = training_set(PAIRS, reward_model.tokenizer)
+    batch = GroupCollator(reward_model.tokenizer.pad_token_id)(list(dataset))
+    model = reward_model.model.eval()
+    with torch.no_grad():
+        whole = model(input_ids=batch["input_ids"]).logits
+        for rows in (1, 2, 4):
+            monkeypatch.setattr(reward_training, "ROWS_TOGETHER", rows)
+            parts = GroupRewardTrainer._logits(model, batch["input_ids"], batch["lengths"])
+            torch.testing.assert_close(parts, whole, atol=2e-5, rtol=1e-4)
+
+
+def test_the_collator_keeps_each_text_with_its_rating_and_group(tokenizer):
+    dataset = list(training_set(GROUPS[:3], tokenizer))
+    batch = GroupCollator(tokenizer.pad_token_id)(dataset)
+    expected = {
+        (tuple(ids), rating, number)
+        for number, row in enumerate(dataset)
+        for ids, rating in zip(row["ids"], row["ratings"], strict=True)
+    }
+    found = {
+        (tuple(ids[:length].tolist()), rating.item(), number.item())
+        for ids, length, rating, number in zip(
+            batch["input_ids"], batch["lengths"], batch["ratings"], batch["group"], strict=True
+        )
+    }
+    assert found == expected
+    assert batch["lengths"].tolist() == sorted(batch["lengths"].tolist())
 
 
 def test_groups_in_which_all_ratings_tie_are_left_out(tokenizer):
     dataset = training_set([group(0, [5.0, 5.0]), group(1, [5.0, 5.0, 6.0])], tokenizer)
     assert len(dataset) == 1
     batch = GroupCollator(tokenizer.pad_token_id)(list(dataset))
-    assert batch["ratings"].tolist() == [5.0, 5.0, 6.0]
+    assert sorted(batch["ratings"].tolist()) == [5.0, 5.0, 6.0]
     assert batch["group"].tolist() == [0, 0, 0]
 
 
