@@ -165,8 +165,8 @@ def _answer(results: Path) -> str:
             f"- **Doubts.** The raters preferred the cooler of two samples in {cooler:.0%} of the "
             "test pairs between samples, yet neither reward model clearly rates the SFT model "
             "higher at its best temperature: they see less than the raters did. And the policies "
-            "became brief; the panel in notebook 06 has short answers that are wrong and score high. "
-            "How much of the gain is brevity, these runs do not settle."
+            "became brief; the panel in notebook 06 has short answers that are wrong and score "
+            "high. How much of the gain is brevity, these runs do not settle."
         )
     return "\n".join(lines)
 
