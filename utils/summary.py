@@ -36,7 +36,7 @@ def headline(results: Path = RESULTS) -> dict[str, dict[str, Any]]:
         for metric, interval in info["metrics"].items():
             found[f"rm_{kind}.{metric}"] = _entry(interval, run)
         run = f"{PROFILE}-align_{kind}"
-        table = pd.read_csv(results / "tables" / f"06_test_{kind}.csv").set_index("policy")
+        table = _test_table(results, kind)
         row, sft = table.loc[f"align_{kind}"], table.loc["sft"]
         gain = {"value": row["difference"], "low": row["low"], "high": row["high"], "n": row["n"]}
         found[f"align_{kind}.gain_sd"] = _entry(gain, run)
@@ -119,11 +119,13 @@ def _cost(results: Path) -> dict[str, dict[str, Any]]:
     return {f"cost.{name}": _entry({"value": v, "n": 1}, run) for name, v in values.items()}
 
 
+def _test_table(results: Path, kind: str) -> pd.DataFrame:
+    """Return the test comparison under one reward model, a row per policy."""
+    return pd.read_csv(results / "tables" / f"06_test_{kind}.csv").set_index("policy")
+
+
 def _policy_table(results: Path) -> str:
-    tables = {
-        kind: pd.read_csv(results / "tables" / f"06_test_{kind}.csv").set_index("policy")
-        for kind in KINDS
-    }
+    tables = {kind: _test_table(results, kind) for kind in KINDS}
     lines = [
         "| policy | scalar reward, difference to SFT | ten-class reward, difference to SFT "
         "| KL, nats | length, tokens | finished |",
@@ -145,7 +147,7 @@ def _answer(results: Path) -> str:
     lines = []
     for kind in KINDS:
         own, judge = (gains.loc[(f"align_{kind}", k)] for k in (kind, other[kind]))
-        table = pd.read_csv(results / "tables" / f"06_test_{kind}.csv").set_index("policy")
+        table = _test_table(results, kind)
         row, sft = table.loc[f"align_{kind}"], table.loc["sft"]
         lines.append(
             f"- **{POLICIES[f'align_{kind}'].capitalize()}**: its own reward {_moved(own, '')} by "
@@ -158,9 +160,7 @@ def _answer(results: Path) -> str:
         )
     rules = pd.read_csv(results / "tables" / "01_rules.csv").set_index(["pairs", "rule"])
     cooler = rules.loc[("between samples", "cooler"), "accuracy"]
-    best = [pd.read_csv(results / "tables" / f"06_test_{kind}.csv") for kind in KINDS]
-    blind = all((t.loc[t["policy"] == "sft_best", "low"] <= 0).all() for t in best)
-    if blind:
+    if all(_test_table(results, kind).loc["sft_best", "low"] <= 0 for kind in KINDS):
         lines.append(
             f"- **Doubts.** The raters preferred the cooler of two samples in {cooler:.0%} of the "
             "test pairs between samples, yet neither reward model clearly rates the SFT model "
