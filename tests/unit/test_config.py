@@ -7,15 +7,14 @@ import dataclasses
 import pytest
 
 from utils.config import (
-    PROFILES,
     ConfigError,
     DataConfig,
     ReinforceConfig,
     config_hash,
     flatten,
     known_fields,
-    load_profile,
 )
+from utils.profiles import PROFILES, load_profile
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +23,7 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_default_is_quick():
-    assert load_profile() is PROFILES["quick"]
+    assert load_profile() == PROFILES["quick"]
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("quik", "quick"), ("smok", "smoke")])
@@ -129,6 +128,48 @@ def test_a_path_goes_with_the_source_file_only():
     with pytest.raises(ConfigError, match="path"):
         DataConfig(source="file")
     assert DataConfig(source="file", path="pairs.jsonl").path == "pairs.jsonl"
+
+
+def test_fields_that_belong_together_are_replaced_together():
+    fields = {"data.source": "file", "data.path": "own/pairs.jsonl", "data.rating_low": 0.0}
+    data = load_profile("quick", fields).data
+    assert (data.source, data.path, data.rating_low) == ("file", "own/pairs.jsonl", 0.0)
+
+
+def test_a_data_set_is_pinned_only_where_it_is_named():
+    with pytest.raises(ConfigError, match="revision"):
+        DataConfig(source="hub", revision="main")
+    with pytest.raises(ConfigError, match=r"data\.name"):
+        DataConfig(source="hub", name="owner/name")  # without a split
+    assert DataConfig(source="hub", name="owner/name:train", revision="v1").revision == "v1"
+
+
+def test_a_profile_may_come_from_a_file(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "mine.json"
+    path.write_text('{"profile": "smoke", "reinforce.steps": 5}')
+    monkeypatch.setenv("REPORT_PROFILE", str(path))
+    profile = load_profile("quick", {"seed": 2})
+    assert (profile.name, profile.seed, profile.reinforce.steps) == ("mine", 2, 5)
+    assert profile.model == PROFILES["smoke"].model
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("mine.json", None, "cannot be read"),
+        ("mine.json", "{", "cannot be read"),
+        ("mine.json", "[1]", "cannot be read"),
+        ("mine.json", '{"profile": "quik"}', "did you mean quick"),
+        ("mine.json", '{"reinforce.step": 1}', "did you mean reinforce.steps"),
+        ("quick.json", "{}", "rename the file"),
+    ],
+)
+def test_a_bad_profile_file_says_what_is_wrong(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load_profile(str(path))
 
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)

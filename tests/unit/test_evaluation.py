@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from utils import models, rollout
-from utils.config import PROFILES, EvaluationConfig
+from utils.config import EvaluationConfig
 from utils.data import Pair, Prompt
 from utils.evaluation import (
     clustered_interval,
@@ -23,6 +23,7 @@ from utils.evaluation import (
     repetition,
     sequence_kl,
 )
+from utils.profiles import PROFILES
 from utils.results import write_jsonl
 from utils.reward_evaluation import pair_metrics, response_key, scored_responses
 from utils.rollout import batched_logprobs, sample, sampling_noise

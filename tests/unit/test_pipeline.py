@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from utils import models, pipeline, results, reward_training, rewards, rollout
-from utils.config import load_profile
 from utils.pipeline import (
     align_stage,
     before_and_after,
@@ -16,6 +15,7 @@ from utils.pipeline import (
     reward_stage,
     sft_stage,
 )
+from utils.profiles import load_profile
 from utils.results import read_json, read_jsonl
 from utils.reward_training import GroupRewardTrainer
 

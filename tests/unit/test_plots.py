@@ -17,7 +17,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from utils import plot_style, plots
-from utils.config import PROFILES
+from utils.profiles import PROFILES
 
 SMOKE = PROFILES["smoke"]
 

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from utils.config import PROFILES, flatten
+from utils.config import flatten
+from utils.profiles import PROFILES
 from utils.results import (
     GLOSSARY,
     ResultsError,

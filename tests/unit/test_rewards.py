@@ -12,9 +12,10 @@ from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
 from utils import models, reward_training, rewards
-from utils.config import PROFILES, RewardConfig
+from utils.config import RewardConfig
 from utils.data import Group, Response
 from utils.losses import expected_rating
+from utils.profiles import PROFILES
 from utils.results import Run
 from utils.reward_training import (
     GroupCollator,
