@@ -15,14 +15,15 @@ STAMP := $(VENV)/.installed-$(shell cksum < $(LOCK) | tr -s ' \t' '-')
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help run publish test clean
+.PHONY: help run publish address test clean
 
 help: ## list the targets (default)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "  PROFILE=$(PROFILE)       smoke | quick | cpu"
+	@echo "  PROFILE=$(PROFILE)       smoke | quick | cpu | full, or a JSON file (README, \"Your own data\")"
 	@echo "  NOTEBOOKS=          which notebooks to run, for example NOTEBOOKS=\"02 04\"; empty: all"
 	@echo "  PYTHON=$(PYTHON)      the Python (3.11 or newer) that .venv is made from"
+	@echo "  URL=                the repository on GitHub, for make address"
 	@echo "  TORCH_ARGS=         extra pip arguments for torch, for example the index of a CPU build"
 
 run: $(STAMP) ## execute the notebooks in order into runs/PROFILE/
@@ -31,6 +32,11 @@ run: $(STAMP) ## execute the notebooks in order into runs/PROFILE/
 publish: $(STAMP) ## copy what runs/PROFILE/ holds into results/, notebooks/ and the README
 	@$(BIN) -m utils.run --profile $(PROFILE) --publish
 	@$(BIN) -m utils.summary
+
+address: ## URL=https://github.com/me/fork: write another address into badges and notebooks
+	@$(PYTHON) -c '$(NEW_ENOUGH)' || \
+		{ echo "Python 3.11 or newer is needed: make address PYTHON=... URL=..."; exit 1; }
+	@$(PYTHON) -m utils.address "$(URL)"
 
 test: $(STAMP) ## check style, then run all tests, the smoke sequence included
 	@echo "== ruff check"

@@ -74,7 +74,7 @@ class RewardConfig:
     epochs: float = 1.0
     learning_rate: float = 3e-4
     warmup_ratio: float = 0.1
-    groups_per_step: int = 8  # a group holds up to four responses rated side by side
+    groups_per_step: int = 8  # a group: the responses to a prompt that were rated side by side
     micro_groups: int | None = 4  # groups per forward pass; None: what free memory allows
     lora_r: int = 16
     lora_alpha: int = 32

@@ -6,95 +6,33 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import permutations
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import pandas as pd
 
 from utils.config import DataConfig
+from utils.environment import ROOT
+from utils.hub import hub_rows
+from utils.rows import parse_rows, without_contradictions
 from utils.sources import (
     EMBEDDED_PATH,
     SPLITS,
     DataError,
     Group,
     Message,
+    Pair,
+    PreferenceData,
+    Prompt,
     Response,
     check_embedded,
-    parse_rows,
     read_rows,
 )
 
-
-@dataclass(frozen=True)
-class Pair:
-    """Two responses of one group, the first rated strictly higher."""
-
-    group: Group
-    chosen: Response
-    rejected: Response
-
-    @property
-    def rating_gap(self) -> float:
-        """Rating of the chosen response less that of the rejected one, in rating points."""
-        return self.chosen.rating - self.rejected.rating
-
-    @property
-    def prompt_id(self) -> str:
-        """Id of the prompt that both responses answer."""
-        return self.group.prompt_id
-
-    @property
-    def category(self) -> str | None:
-        """Category of the prompt, if the source gives one."""
-        return self.group.category
-
-    @property
-    def between_samples(self) -> bool:
-        """Whether both responses are known to be samples of a model, not references."""
-        return not {self.chosen.source, self.rejected.source} & {None, "reference"}
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt without responses."""
-
-    id: str
-    split: str
-    category: str | None
-    messages: tuple[Message, ...]
-
-
-@dataclass(frozen=True)
-class PreferenceData:
-    """All groups in file order, a fingerprint of their content, and what was left out."""
-
-    groups: tuple[Group, ...]
-    fingerprint: str  # 16 hex digits of the SHA-256 of ids, splits, texts and ratings
-    dropped: dict[str, int]  # reason -> count
-
-    def groups_of(self, split: str) -> list[Group]:
-        """Return the groups of a split; raises DataError for an unknown split."""
-        if split not in SPLITS:
-            raise DataError(f"unknown split {split!r}, expected one of {', '.join(SPLITS)}")
-        return [group for group in self.groups if group.split == split]
-
-    def prompts(self, split: str) -> list[Prompt]:
-        """Return each prompt of a split once; raises DataError for an unknown split."""
-        first: dict[str, Prompt] = {}
-        for g in self.groups_of(split):
-            first.setdefault(g.prompt_id, Prompt(g.prompt_id, g.split, g.category, g.prompt))
-        return list(first.values())
-
-    def pairs(self, split: str) -> list[Pair]:
-        """Return all pairs within groups, without ties; raises DataError for an unknown split."""
-        return [
-            Pair(group, chosen, rejected)
-            for group in self.groups_of(split)
-            for chosen, rejected in permutations(group.responses, 2)
-            if chosen.rating > rejected.rating
-        ]
+# What is used of this module; some of it lives in utils.sources.
+__all__ = ["SPLITS", "DataError", "Group", "Pair", "PreferenceData", "Prompt", "Response"]
+__all__ += ["drop_long", "load_data", "pairs_frame", "require_splits", "responses_frame"]
+__all__ += ["rule_accuracy"]
 
 
 def load_data(config: DataConfig) -> PreferenceData:
@@ -103,15 +41,20 @@ def load_data(config: DataConfig) -> PreferenceData:
     Raises:
         DataError: if the source is missing, damaged or breaks the contract.
     """
-    path = EMBEDDED_PATH if config.source == "embedded" else Path(str(config.path))
-    if config.source == "embedded":
-        check_embedded(path)
-    rows = read_rows(path)
+    ties = pairs = 0
+    if config.source == "hub":
+        where, rows, ties, pairs = hub_rows(config)
+    else:
+        path = EMBEDDED_PATH if config.source == "embedded" else ROOT / str(config.path)
+        if config.source == "embedded":
+            check_embedded(path)
+        where, rows = str(path), read_rows(path)
     if not rows:
-        raise DataError(f"{path}: no rows, expected at least one")
-    groups, dropped = parse_rows(path, rows, config)
+        raise DataError(f"{where}: no rows, expected at least one")
+    groups, dropped, dropped_of = parse_rows(where, rows, config)
+    dropped["pair of equal ratings"], dropped_of["pair of equal ratings"] = ties, pairs
     kept = {i for split in SPLITS for i in _first_prompts(groups, split, config)}
-    return _bundle((group for group in groups if group.prompt_id in kept), dropped)
+    return _bundle((group for group in groups if group.prompt_id in kept), dropped, dropped_of)
 
 
 def pairs_frame(pairs: Iterable[Pair]) -> pd.DataFrame:
@@ -142,38 +85,89 @@ def responses_frame(data: PreferenceData) -> pd.DataFrame:
 
 def drop_long(
     data: PreferenceData,
-    count_tokens: Callable[[Sequence[Message], Response | None], int],
+    encode: Callable[[Sequence[Message], Response | None], Sequence[int]],
     max_prompt_length: int,
     max_length: int,
 ) -> PreferenceData:
-    """Drop what is too long, and then every group with fewer than two responses.
+    """Drop what is too long or reads the same, then every group with fewer than two responses.
+
+    A response that has the token ids of an earlier one of its group but another rating goes: no
+    model could tell the two apart. Of a pair, both go.
 
     Args:
         data: what to filter; it is not changed.
-        count_tokens: tokens of a prompt and a response together, or, given None, of the prompt
-            with its generation header.
+        encode: token ids of a prompt and a response together, or, given None, of the prompt with
+            its generation header. It is called once for each prompt and each response.
         max_prompt_length: in tokens; longer prompts are dropped with all their responses.
         max_length: in tokens of prompt and response.
 
     Returns:
         The rest, its fingerprint, and in `dropped` how many prompts, responses and groups went.
     """
-    dropped, long_prompts, kept = Counter(data.dropped), set(), []
-    lengths: dict[str, int] = {}
+    dropped, total, kept = Counter(data.dropped), Counter(data.dropped_of), []
+    long_prompt = f"prompt over {max_prompt_length} tokens"
+    long = f"response over {max_length} tokens"
+    identical, single = "identical after tokenisation", "group of fewer than two responses"
+    fits: dict[str, bool] = {}
     for group in data.groups:
-        if group.prompt_id not in lengths:
-            lengths[group.prompt_id] = count_tokens(group.prompt, None)
-        if lengths[group.prompt_id] > max_prompt_length:
-            long_prompts.add(group.prompt_id)
+        if group.prompt_id not in fits:
+            fits[group.prompt_id] = len(encode(group.prompt, None)) <= max_prompt_length
+        if not fits[group.prompt_id]:
             continue
-        short = [r for r in group.responses if count_tokens(group.prompt, r) <= max_length]
-        dropped[f"response over {max_length} tokens"] += len(group.responses) - len(short)
-        if len(short) < 2:
-            dropped["group of fewer than two responses"] += 1
+        ids = [(r, tuple(encode(group.prompt, r))) for r in group.responses]
+        short = [(r, tokens) for r, tokens in ids if len(tokens) <= max_length]
+        responses, tokens = [r for r, _ in short], [t for _, t in short]
+        different = without_contradictions(responses, tokens, paired=len(short) == 2)
+        dropped[long] += len(ids) - len(short)
+        total[long] += len(ids)
+        total[identical] += len(short)
+        total[single] += 1
+        if short and not different:
+            dropped[identical] += 2
+            continue
+        dropped[identical] += len(short) - len(different)
+        if len(different) < 2:
+            dropped[single] += 1
         else:
-            kept.append(replace(group, responses=tuple(short)))
-    dropped[f"prompt over {max_prompt_length} tokens"] += len(long_prompts)
-    return _bundle(kept, dropped)
+            kept.append(replace(group, responses=different))
+    dropped[long_prompt] += len(fits) - sum(fits.values())
+    total[long_prompt] += len(fits)
+    return _bundle(kept, dropped, total)
+
+
+def require_splits(data: PreferenceData, config: DataConfig, template_tokens: int) -> None:
+    """Refuse limits that leave a split empty.
+
+    Args:
+        data: what `drop_long` left.
+        config: the limits; a split whose number of prompts is set to 0 may be empty.
+        template_tokens: what the chat template makes of a message of one word.
+
+    Raises:
+        DataError: naming the field, the tokens of the template and the shares dropped, or saying
+            that all ratings tie.
+    """
+    shares = "; ".join(data.dropped_shares()) or "none"
+    if config.max_prompt_length <= template_tokens:
+        raise DataError(
+            f"data.max_prompt_length = {config.max_prompt_length} leaves no room for a prompt: of "
+            f"one word, the chat template makes {template_tokens} tokens; raise the limit "
+            f"(dropped: {shares})"
+        )
+    wanted = [split for split in SPLITS if getattr(config, f"{split}_prompts") != 0]
+    empty = [split for split in wanted if not data.groups_of(split)]
+    if empty:
+        raise DataError(
+            f"no prompts are left in {' and '.join(empty)} (dropped: {shares}); raise "
+            f"data.max_prompt_length = {config.max_prompt_length}, of which the chat template "
+            f"takes about {template_tokens}, or data.max_length = {config.max_length}, or use data "
+            "that has rows of each split"
+        )
+    tied = [split for split in wanted if split != "validation" and not data.pairs(split)]
+    if tied:
+        raise DataError(
+            f"no pairs in {' and '.join(tied)}: all responses to a prompt have the same rating"
+        )
 
 
 def rule_accuracy(pairs: Iterable[Pair], rule: str) -> tuple[float, int]:
@@ -211,14 +205,17 @@ def _answer(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
-def _bundle(groups: Iterable[Group], dropped: dict[str, int]) -> PreferenceData:
+def _bundle(
+    groups: Iterable[Group], dropped: Mapping[str, int], dropped_of: Mapping[str, int]
+) -> PreferenceData:
     groups, digest = tuple(groups), hashlib.sha256()
     for g in groups:
         content = [g.prompt_id, g.split, g.batch, [[m["role"], m["content"]] for m in g.prompt]]
         content += [[r.text, float(r.rating)] for r in g.responses]
         digest.update(json.dumps(content).encode() + b"\n")
     counts = {reason: count for reason, count in dropped.items() if count}
-    return PreferenceData(groups, digest.hexdigest()[:16], counts)
+    totals = {reason: dropped_of[reason] for reason in counts}
+    return PreferenceData(groups, digest.hexdigest()[:16], counts, totals)
 
 
 def _first_prompts(groups: Sequence[Group], split: str, config: DataConfig) -> list[str]:

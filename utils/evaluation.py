@@ -106,6 +106,43 @@ def evaluate_policy(
     return frame
 
 
+def held_out_metrics(
+    policy: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    profile: Profile,
+    reward_models: Mapping[str, RewardModel],
+    mean: float,
+    std: float,
+) -> dict[str, float]:
+    """Return the `eval_*` metrics of the policy under its one reward model.
+
+    Args:
+        policy: the policy.
+        tokenizer: the policy's.
+        prompts: held-out prompts.
+        profile: temperature, length limit, samples per prompt and seed.
+        reward_models: one, by its kind.
+        mean: of the SFT model's raw reward.
+        std: its standard deviation, the unit of `eval_reward`.
+    """
+    temperature = profile.reinforce.temperature
+    frame = evaluate_policy(policy, tokenizer, prompts, profile, temperature, reward_models)
+    (kind,) = reward_models
+    reward = clustered_interval(
+        (frame[f"reward_{kind}"] - mean) / std,
+        frame["prompt_id"],
+        profile.evaluation.bootstrap_samples,
+    )
+    return {
+        "eval_reward": reward["value"],
+        "eval_reward_low": reward["low"],
+        "eval_reward_high": reward["high"],
+        "eval_kl": float(frame["kl"].mean()),
+        "eval_mean_length": float(frame["length"].mean()),
+    }
+
+
 def sequence_kl(
     policy: PeftModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -18,9 +17,15 @@ from transformers import (
 )
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
+from utils.architecture import check_architecture, linear_layers
+from utils.attention import attention_name
 from utils.config import ModelConfig
 from utils.lora import merged_lora
 from utils.weights import ModelError, load_tokenizer, weights_path
+
+# A 4-bit weight: half a byte, one byte of scale per 64 weights, and an fp32 scale of the scales
+# per 256 blocks (QLoRA, Dettmers et al. 2023, sec. 3).
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 def device() -> torch.device:
@@ -55,6 +60,7 @@ def load_policy(config: ModelConfig, lora_r: int, lora_alpha: int, seed: int) ->
     The adapter starts as the identity, so the new policy is the SFT model; the reference policy is
     this same model inside `disable_adapter()`.
     """
+    check_architecture(config)
     set_seed(seed)
     base = _load(AutoModelForCausalLM, config)
     return _adapt(base, lora_r, lora_alpha, "CAUSAL_LM")
@@ -72,7 +78,11 @@ def load_reward_base(
         lora_alpha: the adapters' scale is lora_alpha / lora_r.
         first_layer: layers below this one get no adapter, so no gradient is computed for them.
         seed: of the head's and the adapters' first values.
+
+    Raises:
+        ModelError: if the architecture does not suit, or has no layer `first_layer`.
     """
+    check_architecture(config, first_layer)
     set_seed(seed)
     base = _load(AutoModelForSequenceClassification, config, num_labels=num_labels)
     head = FloatHead(base.config.hidden_size, num_labels, bias=False)
@@ -85,8 +95,7 @@ def load_reward_base(
 def memory_table(model: PeftModel, config: ModelConfig) -> dict[str, float]:
     """Return megabytes (10^6) of the weights in 16 and in 4 bits, and parameter counts in millions.
 
-    The 4-bit figures are computed from shapes: half a byte a weight, one byte of scale per 64
-    weights, and an fp32 scale of the scales per 256 blocks (QLoRA, Dettmers et al. 2023, sec. 3).
+    The 4-bit figures are computed from shapes, see `NF4_BYTES`.
     """
     linear = sum(m.get_base_layer().weight.numel() for m in _lora_layers(model))
     if config.quantization == "nf4" and not is_expanded(model):
@@ -100,7 +109,7 @@ def memory_table(model: PeftModel, config: ModelConfig) -> dict[str, float]:
         "other parameters, millions": other / 1e6,
         "trainable parameters, millions": trainable / 1e6,
         "weights in 16 bits, MB": 2 * (linear + other) / 1e6,
-        "weights in 4 bits, MB": (linear * (0.5 + 1 / 64 + 4 / (64 * 256)) + 2 * other) / 1e6,
+        "weights in 4 bits, MB": (linear * NF4_BYTES + 2 * other) / 1e6,
     }
 
 
@@ -140,6 +149,7 @@ def _load(auto_class: Any, config: ModelConfig, **kwargs: Any) -> PreTrainedMode
     where = device()
     dtype = compute_dtype(where)
     if config.quantization == "nf4":
+        _check_kernels(where)
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -148,13 +158,29 @@ def _load(auto_class: Any, config: ModelConfig, **kwargs: Any) -> PreTrainedMode
         )
     with suppress_seqcls_warning():
         model = auto_class.from_pretrained(
-            weights_path(config), dtype=dtype, device_map={"": where}, **kwargs
+            weights_path(config),
+            dtype=dtype,
+            device_map={"": where},
+            attn_implementation=attention_name(where),
+            **kwargs,
         )
     expand = where.type == "cpu" if config.expand_4bit is None else config.expand_4bit
     if config.quantization == "nf4" and expand:
         model = expand_4bit(model, dtype)
     # Gradients flow through the frozen body; nothing below the adapters is trained.
     return model.requires_grad_(False).eval()
+
+
+def _check_kernels(where: torch.device) -> None:
+    """Refuse a bitsandbytes that would fail at its first use, after all weights are loaded."""
+    from bitsandbytes.cextension import lib
+
+    if where.type == "cuda" and not lib.compiled_with_cuda:
+        raise ModelError(
+            f"bitsandbytes has no library for CUDA {torch.version.cuda}, the one of torch: "
+            "`pip install --upgrade --force-reinstall --no-deps bitsandbytes` and restart, or set "
+            'model.quantization = "none" to train in 16 bits'
+        )
 
 
 def _adapt(
@@ -165,18 +191,10 @@ def _adapt(
     first_layer: int = 0,
     modules_to_save: list[str] | None = None,
 ) -> PeftModel:
-    inside = re.compile(r"\.(\d+)\.")  # the layer's number in a module name; the head has none
-    linear = [
-        name
-        for name, module in base.named_modules()
-        if isinstance(module, nn.Linear)
-        and (number := inside.search(name))
-        and int(number.group(1)) >= first_layer
-    ]
     config = LoraConfig(
         r=lora_r,
         lora_alpha=lora_alpha,
-        target_modules=linear,
+        target_modules=linear_layers(base, first_layer),
         modules_to_save=modules_to_save,
         task_type=task,
     )

@@ -15,17 +15,20 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from utils.architecture import check_model
 from utils.checkpoints import load_adapter
 from utils.config import Profile, flatten
-from utils.data import PreferenceData, Prompt, drop_long, load_data
-from utils.evaluation import clustered_interval, evaluate_policy
+from utils.data import PreferenceData, Prompt, drop_long, load_data, require_splits
+from utils.distributed import processes
+from utils.evaluation import evaluate_policy, held_out_metrics
+from utils.memory_plan import describe, memory_plan, policy_micro_batch, reward_micro_groups
 from utils.models import load_policy
 from utils.reinforce import Monitor, train_policy
-from utils.results import Run, prepare, read_jsonl, runs_dir, write_jsonl
+from utils.results import ResultsError, Run, prepare, read_jsonl, runs_dir, write_jsonl
 from utils.reward_evaluation import pair_metrics, scored_responses
 from utils.reward_training import train_reward_model
 from utils.rewards import RewardModel
-from utils.rollout import Rollout
+from utils.rollout import DECODED, Rollout
 from utils.weights import encode_dialogue, encode_prompt, load_tokenizer
 
 SCALE_PROMPTS = 128  # training prompts whose SFT samples fix the unit of the reward
@@ -38,16 +41,25 @@ ALIGN_FIELDS = ("data", "model", "reward", "reinforce", "evaluation")
 
 @cache
 def prepared_data(profile: Profile) -> PreferenceData:
-    """Load the data and drop what is too long for the profile, counting it."""
+    """Load the data and drop what is too long for the profile, counting it.
+
+    Raises:
+        DataError: if the data cannot be used.
+        ModelError: if the model cannot be; this is found out before anything is trained.
+    """
+    check_model(profile)
     tokenizer = load_tokenizer(profile.model)
 
-    def count(messages: Any, response: Any) -> int:
+    def encode(messages: Any, response: Any) -> list[int]:
         if response is None:
-            return len(encode_prompt(tokenizer, messages))
-        return len(encode_dialogue(tokenizer, messages, response.text, response.finished))
+            return encode_prompt(tokenizer, messages)
+        return encode_dialogue(tokenizer, messages, response.text, response.finished)
 
-    data = load_data(profile.data)
-    return drop_long(data, count, profile.data.max_prompt_length, profile.data.max_length)
+    limits = profile.data
+    data = drop_long(load_data(limits), encode, limits.max_prompt_length, limits.max_length)
+    template = len(encode_prompt(tokenizer, [{"role": "user", "content": "Hi"}]))
+    require_splits(data, limits, template)
+    return data
 
 
 def stage_config(profile: Profile, fields: tuple[str, ...], **extra: Any) -> dict[str, Any]:
@@ -84,6 +96,12 @@ def reward_stage(kind: str, profile: Profile) -> tuple[RewardModel, Run]:
     run, finished = open_stage(profile, f"reward_{kind}", config)
     if finished:
         return RewardModel.load(kind, profile, run.directory), run
+    if processes().num_processes > 1:
+        raise ResultsError(
+            f"{run.directory.name} is not there yet, and one process trains it: first run "
+            f"`python -m utils.train reward {kind} --profile {profile.name}`, without a launcher"
+        )
+    print_plan(profile)
     reward_model = train_reward_model(kind, profile, data.groups_of("train"), run)
     print(f"[{run.directory.name}] scoring the test pairs", flush=True)
     pairs = data.pairs("test")
@@ -138,31 +156,33 @@ def align_stage(
 
     `run.json` then holds `reward_mean` and `reward_std`, the scale of the SFT standard deviation.
     """
-    policy, tokenizer = load_sft(profile)
-    config = stage_config(profile, ALIGN_FIELDS, kind=kind)
-    run, finished = open_stage(profile, f"align_{kind}", config)
-    if finished:
-        load_adapter(run.directory, policy)
-        return policy, tokenizer, run
-    reward_model, _ = reward_stage(kind, profile)
-    mean, std = reward_scale(reward_model, profile)
-    run.save(reward_mean=mean, reward_std=std)
+    with processes().main_process_first():  # what is missing is made once
+        policy, tokenizer = load_sft(profile)
+        config = stage_config(profile, ALIGN_FIELDS, kind=kind)
+        run, finished = open_stage(profile, f"align_{kind}", config)
+        if finished:
+            load_adapter(run.directory, policy)
+            return policy, tokenizer, run
+        reward_model, _ = reward_stage(kind, profile)
+        mean, std = reward_scale(reward_model, profile)
+        run.save(reward_mean=mean, reward_std=std)
 
     def reward_of(batch: list[Prompt], rollout: Rollout) -> torch.Tensor:
         messages = [prompt.messages for prompt in batch]
         return (reward_model.score(messages, rollout.texts, rollout.finished) - mean) / std
 
     data = prepared_data(profile)
+    print_plan(profile)
     train_policy(
         policy,
         tokenizer,
         data.prompts("train"),
         reward_of,
-        profile.reinforce,
+        replace(profile.reinforce, micro_batch=policy_micro_batch(profile)),
         profile.seed,
         run,
         partial(
-            _held_out,
+            held_out_metrics,
             *(policy, tokenizer, data.prompts("validation"), profile),
             *({kind: reward_model}, mean, std),
         ),
@@ -170,6 +190,13 @@ def align_stage(
     )
     run.finish()
     return policy, tokenizer, run
+
+
+def print_plan(profile: Profile) -> None:
+    """Print what the profile's stages will need in memory, with the batches they will use."""
+    batches = policy_micro_batch(profile), reward_micro_groups(profile)
+    sampled = min(profile.reinforce.prompts_per_step, DECODED)
+    print(describe(memory_plan(profile, *batches, sampled)), flush=True)
 
 
 def before_and_after(
@@ -202,29 +229,3 @@ def before_and_after(
             "reward_after": (after[f"reward_{kind}"] - mean) / std,
         }
     )
-
-
-def _held_out(
-    policy: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Prompt],
-    profile: Profile,
-    reward_models: dict[str, RewardModel],
-    mean: float,
-    std: float,
-) -> dict[str, float]:
-    temperature = profile.reinforce.temperature
-    frame = evaluate_policy(policy, tokenizer, prompts, profile, temperature, reward_models)
-    (kind,) = reward_models
-    reward = clustered_interval(
-        (frame[f"reward_{kind}"] - mean) / std,
-        frame["prompt_id"],
-        profile.evaluation.bootstrap_samples,
-    )
-    return {
-        "eval_reward": reward["value"],
-        "eval_reward_low": reward["low"],
-        "eval_reward_high": reward["high"],
-        "eval_kl": float(frame["kl"].mean()),
-        "eval_mean_length": float(frame["length"].mean()),
-    }

@@ -26,7 +26,8 @@ SFT_SD = "SFT standard deviations"
 def rating_histograms(frame: pd.DataFrame, title: str = "Ratings by temperature") -> Figure:
     """Show the ratings 1..10 of `responses_frame` for each temperature, coloured by batch."""
     keys = frame["temperature"].map("temperature {:.1f}".format, na_action="ignore")
-    groups = dict([*frame.groupby(keys.fillna("~"))])  # "~" sorts last
+    rest = np.where(frame["source"] == "reference", "~reference", "~temperature unknown")
+    groups = dict([*frame.groupby(keys.where(keys.notna(), rest))])  # "~" sorts last
     fig, *axes = look.small_multiples(len(groups), title, "rating, 1 to 10", "responses, %")
     colors = {b: look.policy_color("", i) for i, b in enumerate(sorted(frame["batch"].unique()))}
     for ax, (name, part) in zip(axes, groups.items(), strict=True):
@@ -37,24 +38,26 @@ def rating_histograms(frame: pd.DataFrame, title: str = "Ratings by temperature"
             share = np.bincount(ratings, minlength=11)[1:11] / len(part) * 100
             x = np.arange(1, 11) + (place - (len(batches) - 1) / 2) * width
             ax.bar(x, share, width, color=colors[batch])
-        name = name.replace("~", "reference")
-        ax.set_title(f"{name}: mean {part['rating'].mean():.1f}, n = {len(part):,}", fontsize=9)
-    handles = [Patch(color=color, label=f"batch {batch}") for batch, color in colors.items()]
-    fig.legend(handles=handles, loc="outside lower right", ncols=len(handles))
+        label = f"{name.lstrip('~')}: mean {part['rating'].mean():.1f}, n = {len(part):,}"
+        ax.set_title(label, fontsize=9)
+    if len(colors) > 1:
+        handles = [Patch(color=color, label=f"batch {batch}") for batch, color in colors.items()]
+        fig.legend(handles=handles, loc="outside lower right", ncols=len(handles))
     return fig
 
 
 @style()
 def category_overview(frame: pd.DataFrame, title: str = "Ratings and length by category") -> Figure:
-    """Compare model samples with references per category: mean rating and mean words."""
-    kind = np.where(frame["source"] == "reference", "reference", "model sample")
+    """Compare responses with references per category: mean rating and mean words."""
+    other = "model sample" if frame["source"].notna().any() else "response"
+    kind = np.where(frame["source"] == "reference", "reference", other)
     means = frame.groupby(["category", kind])[["rating", "n_words"]].mean().unstack()
     means = means.sort_values(means.columns[0])
     fig, left, right = look.panels(1, 2, 1.3 + 0.25 * len(means), title, sharey=True)
     for ax, column in ((left, "rating"), (right, "n_words")):
         ends = means[column].min(axis=1), means[column].max(axis=1)
         ax.hlines(range(len(means)), *ends, color="#cccccc", lw=2)
-        for name, color in {"model sample": look.BLUE, "reference": look.ORANGE}.items():
+        for name, color in {other: look.BLUE, "reference": look.ORANGE}.items():
             if name in means[column]:
                 ax.plot(means[column][name], range(len(means)), "o", color=color, label=name)
     left.set_yticks(range(len(means)), [str(name).replace("_", " ") for name in means.index])
@@ -109,29 +112,6 @@ def rating_distributions(probabilities: Mapping[str, Sequence[float]], title: st
         ax.axvline(mean, color=look.ORANGE, lw=2, label="expected rating")
         ax.set_title(f"{textwrap.fill(name, 30)}\nexpected {mean:.2f}, sd {sd:.2f}", fontsize=9)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower right", ncols=2)
-    return fig
-
-
-@style()
-def reliability(p: Sequence[float], outcome: Sequence[float], title: str, bins: int = 10) -> Figure:
-    """Compare predicted probabilities with how often the outcome came true; counts below."""
-    p, outcome = np.asarray(p, float), np.asarray(outcome, float)
-    place = np.clip((p * bins).astype(int), 0, bins - 1)
-    groups = pd.DataFrame({"p": p, "outcome": outcome}).groupby(place)
-    table = groups.agg(p=("p", "mean"), seen=("outcome", "mean"), n=("p", "size"))
-    error = (table["n"] * (table["p"] - table["seen"]).abs()).sum() / len(p)
-    fig, top, low = look.panels(2, 1, 4.6, title, sharex=True, height_ratios=[3, 1])
-    top.plot([0, 1], [0, 1], color=look.DARK, ls="--", lw=1, label="perfect calibration")
-    spread = np.sqrt(table["seen"] * (1 - table["seen"]) / table["n"])
-    label = f"model, ±1 standard error (calibration error {error:.3f})"
-    top.errorbar(table["p"], table["seen"], spread, fmt="o-", color=look.BLUE, label=label)
-    low.bar((table.index + 0.5) / bins, table["n"], 0.9 / bins, color=look.GREY)
-    for index, count in table["n"].items():
-        low.text((index + 0.5) / bins, count, f"{count:,}", ha="center", va="bottom", fontsize=8)
-    top.set(ylabel="observed share", ylim=(-0.02, 1.02))
-    low.set(xlabel="predicted probability", ylabel="pairs", xlim=(0, 1))
-    low.margins(y=0.3)
-    top.legend()
     return fig
 
 

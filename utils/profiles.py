@@ -85,7 +85,9 @@ PROFILES: dict[str, Profile] = {
 }
 
 
-def load_profile(name: str | None = None, overrides: Mapping[str, Any] | None = None) -> Profile:
+def load_profile(
+    name: str | None = None, overrides: Mapping[str, Any] | None = None, seed: int | None = None
+) -> Profile:
     """Return a profile with single fields replaced.
 
     Args:
@@ -95,6 +97,7 @@ def load_profile(name: str | None = None, overrides: Mapping[str, Any] | None = 
             when set, wins, so that one setting switches every notebook of a sequence; without
             either, "quick".
         overrides: `{"section.field": value}`, e.g. `{"reinforce.steps": 5, "seed": 1}`.
+        seed: None leaves the profile's.
 
     Raises:
         ConfigError: naming the closest known names if the profile or a field is unknown.
@@ -107,7 +110,7 @@ def load_profile(name: str | None = None, overrides: Mapping[str, Any] | None = 
         profile = PROFILES[name]
     else:
         raise ConfigError(f"unknown profile {name!r}{_nearest(name, list(PROFILES))}")
-    return _replace(profile, overrides or {})
+    return _replace(profile, {**({} if seed is None else {"seed": seed}), **(overrides or {})})
 
 
 def _read_profile(path: Path) -> tuple[Profile, dict[str, Any]]:
@@ -134,7 +137,11 @@ def _replace(profile: Profile, fields: Mapping[str, Any]) -> Profile:
             raise ConfigError(f"unknown field {key!r}{_nearest(key, names)}")
         section, _, leaf = key.rpartition(".")
         current = operator.attrgetter(key)(profile)
-        kinds = (int, float) if isinstance(current, float) else (type(current),)
+        owner = getattr(profile, section) if section else profile
+        if value is None and "None" in type(owner).__annotations__[leaf]:
+            kinds = (type(None),)
+        else:
+            kinds = (int, float) if isinstance(current, float) else (type(current),)
         if isinstance(current, bool | int | float | str) and type(value) not in kinds:
             raise ConfigError(f"{key} is a {type(current).__name__}, got {value!r}")
         value = tuple(value) if isinstance(current, tuple) else value

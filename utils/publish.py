@@ -20,12 +20,9 @@ import nbformat
 from nbformat import NotebookNode
 
 PATTERN = "[0-9][0-9]_*.ipynb"
-UNHASHED = (
-    "run.py",
-    "publish.py",
-    "summary.py",
-    "widgets.py",
-)  # they change no number in an output
+# They change no number in an output.
+UNHASHED = ("address.py", "colab.py", "kernel.py", "run.py", "publish.py", "summary.py")
+UNHASHED += ("train.py", "widgets.py")
 
 
 class RunError(Exception):
@@ -40,10 +37,11 @@ def code_hash(notebook: NotebookNode, utils_dir: Path) -> str:
     """Return a hash of the code behind a notebook's outputs; comments and docstrings are left out.
 
     Args:
-        notebook: its code cells enter in order.
+        notebook: its code cells enter in order, but for the one that prepares a Colab machine.
         utils_dir: all Python files in it enter, but for `UNHASHED`.
     """
-    parts = [_shape(cell.source) for cell in notebook.cells if is_code(cell)]
+    cells = [cell for cell in notebook.cells if "colab" not in cell.metadata.get("tags", [])]
+    parts = [_shape(cell.source) for cell in cells if is_code(cell)]
     files = [path for path in sorted(utils_dir.glob("*.py")) if path.name not in UNHASHED]
     parts += [path.name + _shape(path.read_text(encoding="utf-8")) for path in files]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

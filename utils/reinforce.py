@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from utils.checkpoints import load_checkpoint, save_checkpoint
 from utils.config import ReinforceConfig
 from utils.data import Prompt
-from utils.estimator import Baseline, kl_regularised, reinforce_loss
+from utils.distributed import gather_rows, own_rows, processes
+from utils.estimator import Baseline, kl_regularised
 from utils.results import Run
-from utils.rollout import Rollout, batched_logprobs, completion_logprobs, sample, sampling_noise
+from utils.rollout import Rollout, batched_logprobs, sample, sampling_noise
+from utils.update import PolicyUpdate
 from utils.weights import encode_prompt
 
 RewardFunction = Callable[[Sequence[Prompt], Rollout], Tensor]  # -> rewards, shape (rows,)
@@ -59,6 +62,9 @@ def train_policy(
 ) -> None:
     """Align a policy in place; goes on from the run's last good checkpoint if there is one.
 
+    Under `accelerate launch`, each process samples and scores its part of a step's prompts; the
+    baseline and the logged numbers are those of the whole step, and the first process writes.
+
     Args:
         policy: the language model with a trainable adapter; its reference is the adapter disabled.
         tokenizer: the policy's.
@@ -68,55 +74,110 @@ def train_policy(
         seed: of the prompt order and the sampling noise.
         run: gets one row per step.
         evaluate: returns the `eval_*` metrics on held-out prompts.
-        monitor: called after each step with its row, prompts, rollout and rewards.
+        monitor: called after each step with its row and this process's prompts, rollout, rewards.
 
     Raises:
         TrainingStopped: on a non-finite loss or reward, a runaway KL or a collapsed entropy.
     """
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, config.learning_rate, (0.9, 0.95), weight_decay=0.0)
+    optimizer = _optimizer(policy, config)
     baseline = Baseline(config.baseline, config.ema_decay, config.window, config.num_generations)
-    first = load_checkpoint(run.directory, policy, optimizer, baseline) + 1
-    run.rewind(first - 1 if first > 1 else -1)  # a fresh start logs step 0 again
-    if first == 1:
-        run.log({**_row(), "step": 0, **evaluate()})
-    for step in range(first, config.steps + 1):
+    update = PolicyUpdate(policy, optimizer, config, tokenizer.pad_token_id)
+    done = _open(run, policy, optimizer, baseline, evaluate)
+    for step in range(done + 1, config.steps + 1):
         start = time.time()
         batch = step_prompts(prompts, step, config.prompts_per_step, seed, config.num_generations)
-        rollout = _rollout(policy, tokenizer, batch, config, seed * 100_003 + step)
-        rewards = reward_of(batch, rollout)
-        log_probs, reference, entropy = _both_logprobs(policy, tokenizer, rollout, config)
-        objective = kl_regularised(rewards, log_probs, reference, config.beta)
+        own = own_rows(len(batch))
+        own_batch = [batch[row] for row in own]
+        rollout = _rollout(policy, tokenizer, batch, own, config, seed * 100_003 + step)
+        rewards = reward_of(own_batch, rollout)
+        measured = _measure(policy, tokenizer, rollout, rewards, own, config)
+        objective = measured.objective(config.beta)
         base = baseline.value(objective)
-        row = {**_row(), "step": step, **_describe(rollout, rewards, objective, base)}
-        row["kl"] = (log_probs - reference).mean().item()
-        row["entropy"] = (entropy.sum() / rollout.lengths().sum()).item()
-        row["learning_rate"] = config.learning_rate * min(1.0, step / config.warmup_steps)
+        rate = config.learning_rate * min(1.0, step / config.warmup_steps)
+        row = _row() | {"step": step, "learning_rate": rate} | _describe(measured, objective, base)
         _check(row, config, run)
-        row |= _update(policy, optimizer, tokenizer, rollout, objective - base, config, row)
+        row |= update.step(rollout, (objective - base)[list(own)], len(batch), rate)
         _check(row, config, run)
         baseline.update(objective)
         row["seconds"] = time.time() - start
+        if not processes().is_main_process:
+            continue
         if step % config.eval_steps == 0 or step == config.steps:
             row |= evaluate()
         run.log(row)
         if step % config.save_steps == 0 or step == config.steps:
             save_checkpoint(run.directory, step, policy, optimizer, baseline)
         if monitor:
-            monitor(row, batch, rollout, rewards)
+            monitor(row, own_batch, rollout, rewards)
 
 
-def _describe(
-    rollout: Rollout, rewards: Tensor, objective: Tensor, base: Tensor
-) -> dict[str, float]:
+def _optimizer(policy: PeftModel, config: ReinforceConfig) -> torch.optim.Optimizer:
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, config.learning_rate, (0.9, 0.95), weight_decay=0.0)
+
+
+def _open(
+    run: Run,
+    policy: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    baseline: Baseline,
+    evaluate: Callable[[], dict[str, float]],
+) -> int:
+    """Load the last checkpoint, drop the rows after it, and return its step; 0 starts anew."""
+    with processes().main_process_first():  # the first one removes checkpoints that are damaged
+        done = load_checkpoint(run.directory, policy, optimizer, baseline)
+    if processes().is_main_process:
+        run.rewind(done or -1)
+        if not done:
+            run.log({**_row(), "step": 0, **evaluate()})
+    return done
+
+
+@dataclass
+class Measured:
+    """What one step's completions amount to, over all processes; fp32, shape (rows,) each."""
+
+    reward: Tensor
+    log_prob: Tensor
+    reference: Tensor
+    entropy: Tensor
+    length: Tensor
+    finished: Tensor
+
+    def objective(self, beta: float) -> Tensor:
+        """Return the reward less the KL's share of it, which is what is maximised."""
+        return kl_regularised(self.reward, self.log_prob, self.reference, beta)
+
+
+def _measure(
+    policy: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rollout: Rollout,
+    rewards: Tensor,
+    own: range,
+    config: ReinforceConfig,
+) -> Measured:
+    """Compute the log-probabilities of this process's rows, and gather all rows."""
+    pad = tokenizer.pad_token_id
+    log_probs, entropy = batched_logprobs(policy, rollout, config.temperature, pad)
+    with policy.disable_adapter():
+        reference, _ = batched_logprobs(policy, rollout, config.temperature, pad)
+    finished = torch.tensor(rollout.finished, dtype=torch.float32)
+    columns = [rewards, log_probs, reference, entropy, rollout.lengths(), finished]
+    return Measured(*gather_rows(own, torch.stack(columns, dim=1)).unbind(1))
+
+
+def _describe(measured: Measured, objective: Tensor, base: Tensor) -> dict[str, float]:
     return {
-        "reward": rewards.mean().item(),
-        "reward_std": rewards.std().item(),
+        "reward": measured.reward.mean().item(),
+        "reward_std": measured.reward.std().item(),
+        "kl": (measured.log_prob - measured.reference).mean().item(),
         "objective": objective.mean().item(),
         "baseline": base.mean().item(),
         "advantage_std": (objective - base).std().item(),
-        "completions/mean_length": rollout.lengths().mean().item(),
-        "completions/clipped_ratio": 1 - sum(rollout.finished) / len(rollout),
+        "entropy": (measured.entropy.sum() / measured.length.sum()).item(),
+        "completions/mean_length": measured.length.mean().item(),
+        "completions/clipped_ratio": 1 - measured.finished.mean().item(),
     }
 
 
@@ -133,62 +194,14 @@ def _rollout(
     policy: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     batch: Sequence[Prompt],
+    own: range,
     config: ReinforceConfig,
     seed: int,
 ) -> Rollout:
-    ids = [encode_prompt(tokenizer, prompt.messages) for prompt in batch]
-    noise = sampling_noise(seed, len(ids), config.max_completion_length)
-    return sample(policy, tokenizer, ids, noise, config.temperature)
-
-
-def _both_logprobs(
-    policy: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rollout: Rollout,
-    config: ReinforceConfig,
-) -> tuple[Tensor, Tensor, Tensor]:
-    pad = tokenizer.pad_token_id
-    log_probs, entropy = batched_logprobs(policy, rollout, config.temperature, pad)
-    with policy.disable_adapter():
-        reference, _ = batched_logprobs(policy, rollout, config.temperature, pad)
-    return log_probs, reference, entropy
-
-
-def _update(
-    policy: PeftModel,
-    optimizer: torch.optim.Optimizer,
-    tokenizer: PreTrainedTokenizerBase,
-    rollout: Rollout,
-    advantages: Tensor,
-    config: ReinforceConfig,
-    row: dict[str, Any],
-) -> dict[str, float]:
-    """Take one gradient step on the whole rollout, in micro-batches of like length."""
-    lengths = [
-        len(p) + len(c) for p, c in zip(rollout.prompt_ids, rollout.completion_ids, strict=True)
-    ]
-    order = sorted(range(len(rollout)), key=lengths.__getitem__)
-    total = 0.0
-    for start in range(0, len(order), config.micro_batch):
-        rows = order[start : start + config.micro_batch]
-        log_probs, _ = completion_logprobs(
-            policy,
-            [rollout.prompt_ids[r] for r in rows],
-            [rollout.completion_ids[r] for r in rows],
-            config.temperature,
-            tokenizer.pad_token_id,
-        )
-        loss = reinforce_loss(advantages[rows].to(log_probs), log_probs) * len(rows) / len(order)
-        loss.backward()
-        total += loss.item()
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm).item()
-    if math.isfinite(norm):
-        for group in optimizer.param_groups:
-            group["lr"] = row["learning_rate"]
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {"loss": total, "grad_norm": norm}
+    """Sample this process's rows; the noise is that of the whole batch, however it is shared."""
+    ids = [encode_prompt(tokenizer, batch[row].messages) for row in own]
+    noise = sampling_noise(seed, len(batch), config.max_completion_length)
+    return sample(policy, tokenizer, ids, noise[list(own)], config.temperature)
 
 
 def _check(row: dict[str, Any], config: ReinforceConfig, run: Run) -> None:

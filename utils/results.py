@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 
 from utils.config import Profile, config_hash
+from utils.distributed import processes
 from utils.environment import ROOT, environment, peak_rss_gb
 
 # What every column of every metrics.csv means: the README's glossary.
@@ -114,8 +115,7 @@ class Run:
     ) -> None:
         self.directory = directory
         self._before, self._start = 0.0, time.time()
-        existing = directory / "run.json"
-        if existing.exists():
+        if (existing := directory / "run.json").exists():
             self.info = read_json(existing)
             self._before = self.info["seconds"]
             return
@@ -134,13 +134,14 @@ class Run:
         self.save()
 
     def save(self, **facts: Any) -> None:
-        """Add facts to `run.json` and write it, with the wall time and peak memory so far."""
+        """Add facts, wall time and peak memory to `run.json`; of several processes one writes."""
         self.info.update(facts)
         self.info["seconds"] = round(self._before + time.time() - self._start, 1)
         self.info["peak_rss_gb"] = peak_rss_gb()
         if torch.cuda.is_available():
             self.info["peak_cuda_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
-        write_json(self.directory / "run.json", self.info)
+        if processes().is_main_process:
+            write_json(self.directory / "run.json", self.info)
 
     def finish(self, **facts: Any) -> None:
         """Mark the run as finished."""

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.config import Profile
 from utils.losses import CLASSES, expected_rating
+from utils.memory import BatchSize
 from utils.models import device, load_reward_base
 from utils.results import atomic_write
 from utils.weights import ModelError, encode_dialogue, load_tokenizer, pad_right
@@ -26,12 +27,14 @@ class RewardModel:
     Attributes:
         kind: "scalar" (a Bradley-Terry logit) or "ordinal" (a distribution over ratings 1..10,
             read by its mean).
+        batch: how many responses are read together.
     """
 
     def __init__(self, kind: str, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.kind = kind
         self.model = model
         self.tokenizer = tokenizer
+        self.batch = BatchSize("responses scored together", 32)
 
     @classmethod
     def fresh(cls, kind: str, profile: Profile) -> RewardModel:
@@ -75,7 +78,6 @@ class RewardModel:
         prompts: Sequence[Sequence[Mapping[str, str]]],
         responses: Sequence[str],
         finished: Sequence[bool],
-        batch_size: int = 32,
     ) -> Tensor:
         """Return the head's outputs, fp32 on the CPU, shape (rows, 1 or 10).
 
@@ -88,13 +90,16 @@ class RewardModel:
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         out = torch.empty(len(rows), KINDS[self.kind])
         self.model.eval()
-        for start in range(0, len(rows), batch_size):
-            chunk = order[start : start + batch_size]
-            ids = pad_right([rows[index] for index in chunk], self.tokenizer.pad_token_id)
-            out[chunk] = (
-                self.model(input_ids=ids.to(device()), use_cache=False).logits.float().cpu()
-            )
-        return out
+
+        def read(size: int) -> Tensor:
+            for start in range(0, len(rows), size):
+                chunk = order[start : start + size]
+                ids = pad_right([rows[index] for index in chunk], self.tokenizer.pad_token_id)
+                logits = self.model(input_ids=ids.to(device()), use_cache=False).logits
+                out[chunk] = logits.float().cpu()
+            return out
+
+        return self.batch.run(read)
 
     def score(
         self,

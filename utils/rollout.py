@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from peft import PeftModel
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from utils.logprobs import token_logprobs
+from utils.memory import BatchSize
 from utils.models import device
 from utils.weights import pad_right
 
+DECODED = 32  # sequences that are sampled together, if the caller does not say
 LOGIT_ROWS = 256  # positions whose full-vocabulary logits are held at once: 50 MB in fp32
 
 
@@ -39,6 +42,13 @@ class Rollout:
     def lengths(self) -> Tensor:
         """Return the number of sampled tokens of each row, fp32, shape (rows,)."""
         return torch.tensor([float(len(ids)) for ids in self.completion_ids])
+
+    def by_length(self, size: int) -> Iterator[list[int]]:
+        """Yield the rows, `size` at a time, those of like length together."""
+        pairs = list(zip(self.prompt_ids, self.completion_ids, strict=True))
+        order = sorted(range(len(self)), key=lambda row: sum(map(len, pairs[row])))
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
 
 
 def sampling_noise(seed: int, rows: int, length: int) -> Tensor:
@@ -76,7 +86,7 @@ def sample(
     prompt_ids: Sequence[Sequence[int]],
     noise: Tensor,
     temperature: float,
-    batch_size: int = 32,
+    batch_size: int = DECODED,
 ) -> Rollout:
     """Sample one completion per row, without top-k or top-p: the sampler is the policy.
 
@@ -90,11 +100,16 @@ def sample(
     """
     order = sorted(range(len(prompt_ids)), key=lambda index: len(prompt_ids[index]))
     completions: list[list[int]] = [[] for _ in order]
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        drawn = _decode(model, tokenizer, [prompt_ids[r] for r in rows], noise[rows], temperature)
-        for row, tokens in zip(rows, drawn, strict=True):
-            completions[row] = tokens
+
+    def decode(size: int) -> None:
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            ids = [prompt_ids[r] for r in rows]
+            drawn = _decode(model, tokenizer, ids, noise[rows], temperature)
+            for row, tokens in zip(rows, drawn, strict=True):
+                completions[row] = tokens
+
+    _together("decoded", batch_size).run(decode)
     return Rollout(
         prompt_ids=[list(ids) for ids in prompt_ids],
         completion_ids=completions,
@@ -145,14 +160,10 @@ def batched_logprobs(
     model: PeftModel, rollout: Rollout, temperature: float, pad_token_id: int, batch_size: int = 16
 ) -> tuple[Tensor, Tensor]:
     """`completion_logprobs` of a whole rollout without gradient, in batches of like length."""
-    lengths = [
-        len(p) + len(c) for p, c in zip(rollout.prompt_ids, rollout.completion_ids, strict=True)
-    ]
-    order = sorted(range(len(rollout)), key=lengths.__getitem__)
     log_probs, entropies = torch.empty(len(rollout)), torch.empty(len(rollout))
-    with torch.no_grad():
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+
+    def measure(size: int) -> None:
+        for rows in rollout.by_length(size):
             log_prob, entropy = completion_logprobs(
                 model,
                 [rollout.prompt_ids[r] for r in rows],
@@ -161,7 +172,15 @@ def batched_logprobs(
                 pad_token_id,
             )
             log_probs[rows], entropies[rows] = log_prob.cpu(), entropy.cpu()
+
+    with torch.no_grad():
+        _together("read", batch_size).run(measure)
     return log_probs, entropies
+
+
+@cache  # so that what memory allows is found out once
+def _together(what: str, size: int) -> BatchSize:
+    return BatchSize(f"sequences {what} together", size)
 
 
 def _parts(model: PeftModel) -> tuple[nn.Module, nn.Module]:
@@ -181,10 +200,10 @@ def _decode(
     body, head = _parts(model)
     where = device()
     ids, padding = _pad_left(prompts, tokenizer.pad_token_id)
-    ids, position = ids.to(where), (padding.cumsum(-1) - 1).clamp_min(0).to(where)
+    position = (padding.cumsum(-1) - 1).clamp_min(0).to(where)
     cache = DynamicCache(config=model.get_base_model().config)
     out = body(
-        input_ids=ids,
+        input_ids=ids.to(where),
         attention_mask=padding.to(where),
         position_ids=position,
         past_key_values=cache,

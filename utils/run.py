@@ -3,6 +3,7 @@
     python -m utils.run --profile quick               all notebooks
     python -m utils.run --profile quick --only 02 04  some of them
     python -m utils.run --profile quick --publish     copy the evidence to results/ and notebooks/
+    python -m utils.run --profile own/mine.json       a profile of one's own, into runs/mine
 
 Executed copies go to runs/<profile>/notebooks. The notebooks themselves change only by --publish.
 """
@@ -10,29 +11,20 @@ Executed copies go to runs/<profile>/notebooks. The notebooks themselves change 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
 import json
 import os
-import re
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import nbformat
-import psutil
-from jupyter_client.kernelspec import KernelSpec
-from jupyter_client.manager import AsyncKernelManager
-from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
-from nbformat import NotebookNode
-from traitlets import default
 
-from utils.profiles import PROFILES
-from utils.publish import RunError, clean, is_code, list_notebooks, publish, read_record, write_file
+from utils.config import ConfigError
+from utils.kernel import ReportClient, say
+from utils.profiles import PROFILES, load_profile
+from utils.publish import RunError, clean, list_notebooks, publish, read_record, write_file
 
 REPO = Path(__file__).resolve().parents[1]
 # Defaults for the kernels: large blocks stay with the process, which saves page faults on a CPU.
@@ -46,93 +38,10 @@ KERNEL_ENVIRONMENT = {
 }
 
 
-class OwnKernel(AsyncKernelManager):
-    """A kernel of the running interpreter, whatever kernels the user has registered."""
-
-    @property
-    def kernel_spec(self) -> KernelSpec:
-        """Return the specification of that kernel."""
-        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        return KernelSpec(argv=command, metadata={"supported_encryption": ["curve"]})
-
-    @default("transport_encryption")
-    def _encrypt_if_possible(self) -> str:
-        return "auto"
-
-
-class ReportClient(NotebookClient):
-    """Executes one notebook, shows its progress and measures its memory."""
-
-    def __init__(self, notebook: NotebookNode, folder: Path) -> None:
-        super().__init__(
-            notebook,
-            timeout=None,
-            kernel_name="python3",
-            kernel_manager_class=OwnKernel,
-            resources={"metadata": {"path": str(folder)}},
-            store_widget_state=False,
-            record_timing=False,
-            coalesce_streams=True,
-        )
-        self.on_cell_start = self._announce
-        self.on_cell_executed = self._measure
-        self.code_cells = sum(is_code(cell) for cell in notebook.cells)
-        self.position, self.heading, self.peak_rss_gb, self.stopped = 0, "", 0.0, False
-        self._unfinished_line = ""
-
-    async def async_start_new_kernel_client(self) -> Any:
-        """Start the client; from then on Ctrl-C interrupts the cell, not only this process."""
-        client = await super().async_start_new_kernel_client()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(NotImplementedError, RuntimeError):
-                asyncio.get_running_loop().add_signal_handler(number, self._stop)
-        return client
-
-    def output(
-        self, outs: list[NotebookNode], msg: dict[str, Any], display_id: str | None, cell_index: int
-    ) -> NotebookNode | None:
-        """Keep the output, and show at once the progress lines, which start with a bracket."""
-        if msg["msg_type"] == "stream" and msg["content"]["name"] == "stdout":
-            text = self._unfinished_line + msg["content"]["text"]
-            *lines, self._unfinished_line = re.split(r"[\r\n]+", text)
-            for line in lines:
-                if line.startswith("["):
-                    _say(f"    {line}")
-        return super().output(outs, msg, display_id, cell_index)
-
-    def _announce(self, cell: NotebookNode, cell_index: int) -> None:
-        if self.stopped:  # the signal came between two cells, or the cell survived it
-            raise RunError("stopped", 130)
-        headings = re.findall(r"^#+ +(.+)$", cell.source, re.M) if cell.cell_type != "code" else []
-        self.heading = headings[0] if headings else self.heading
-        if is_code(cell):
-            self.position += 1
-            _say(f"  cell {self.position}/{self.code_cells}  {self.heading}")
-
-    def _measure(self, cell: NotebookNode, cell_index: int, execute_reply: Any) -> None:
-        pid = getattr(self.km.provisioner, "pid", None) if self.km else None
-        if pid:
-            self.peak_rss_gb = max(self.peak_rss_gb, kernel_peak_gb(pid))
-
-    def _stop(self) -> None:
-        end = self.km.shutdown_kernel(now=True) if self.stopped else self.km.interrupt_kernel()
-        self._ending = asyncio.ensure_future(end)
-        self.stopped = True
-
-
-def kernel_peak_gb(pid: int) -> float:
-    """Return the peak memory of a process in GB (on systems that keep no peak: its memory now)."""
-    with contextlib.suppress(OSError):
-        peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-        return int(peak[1]) / 1024**2 if peak else 0.0
-    with contextlib.suppress(psutil.Error):
-        memory = psutil.Process(pid).memory_info()
-        return getattr(memory, "peak_wset", memory.rss) / 1024**3
-    return 0.0
-
-
 def execute(path: Path, profile: str, root: Path) -> dict[str, float]:
     """Execute one notebook into runs/<profile>/notebooks and return its cost.
+
+    The kernel reads the profile from REPORT_PROFILE, which `main` has set.
 
     Raises:
         RunError: if a cell fails, the kernel dies, or the user stops it; what was executed is
@@ -146,7 +55,7 @@ def execute(path: Path, profile: str, root: Path) -> dict[str, float]:
     folder, started = root / "runs" / profile, time.monotonic()
     done, partial = folder / "notebooks" / path.name, folder / "failed" / path.name
     try:
-        client.execute(env={**KERNEL_ENVIRONMENT, **os.environ, "REPORT_PROFILE": profile})
+        client.execute(env={**KERNEL_ENVIRONMENT, **os.environ})
         if client.stopped:  # the last cell survived the signal, but hardly its work
             raise RunError("stopped", 130)
     except (CellExecutionError, DeadKernelError, RunError) as error:
@@ -177,20 +86,22 @@ def run(paths: Sequence[Path], profile: str, root: Path) -> None:
     for number, path in enumerate(paths, 1):
         left = _left([rest.stem for rest in paths[number - 1 :]], times, list(measured))
         elapsed = _minutes(time.monotonic() - started)
-        _say(f"== {path.stem} ({number} of {len(paths)}), {elapsed} so far{left}")
+        say(f"== {path.stem} ({number} of {len(paths)}), {elapsed} so far{left}")
         measured[path.stem] = now = execute(path, profile, root)
         times[path.stem] = now["seconds"]
         before = cost.get(path.stem, now)
         cost[path.stem] = {name: max(now[name], before[name]) for name in now}
         write_file(folder / "times.json", json.dumps(times, indent=1) + "\n")
         write_file(folder / "cost.json", json.dumps(cost, indent=1) + "\n")
-        _say(f"== {path.stem} done in {_minutes(now['seconds'])}")
-    _say(f"\nfinished in {_minutes(time.monotonic() - started)}")
+        say(f"== {path.stem} done in {_minutes(now['seconds'])}")
+    say(f"\nfinished in {_minutes(time.monotonic() - started)}")
     for name, values in measured.items():
-        _say(f"  {name:<32} {_minutes(values['seconds']):>9}  peak {values['peak_rss_gb']:.2f} GB")
+        say(f"  {name:<32} {_minutes(values['seconds']):>9}  peak {values['peak_rss_gb']:.2f} GB")
     shown = folder.relative_to(root).as_posix()
-    _say(f"notebooks  {shown}/notebooks\nfigures    {shown}/figures\ntables     {shown}/tables")
-    _say(f"runs       {shown}/<run>\nto publish all of it: make publish PROFILE={profile}")
+    say(f"notebooks  {shown}/notebooks\nfigures    {shown}/figures\ntables     {shown}/tables")
+    say(f"runs       {shown}/<run>")
+    if profile in PROFILES:
+        say(f"to publish all of it: make publish PROFILE={profile}")
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = REPO) -> int:
@@ -201,25 +112,31 @@ def main(arguments: Sequence[str] | None = None, root: Path = REPO) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     chosen = os.environ.get("REPORT_PROFILE") or "quick"
-    parser.add_argument("--profile", default=chosen, help=" | ".join(PROFILES))
+    profiles = " | ".join([*PROFILES, "a JSON file"])
+    parser.add_argument("--profile", default=chosen, help=profiles)
     parser.add_argument("--only", nargs="+", metavar="NN", help="notebooks, by their first letters")
     parser.add_argument("--publish", action="store_true", help="copy runs/<profile> to results/")
     parser.add_argument("--list", action="store_true", help="list the notebooks and stop")
     options = parser.parse_args(arguments)
     try:
-        if options.profile not in PROFILES:
-            raise RunError(f"unknown profile {options.profile!r}: {', '.join(PROFILES)}", 2)
+        profile = _chosen_profile(options.profile)
         paths = list_notebooks(root, options.only)
         if not paths:
             raise RunError("there are no notebooks")
         if options.list:
-            times = read_record(root / "runs" / options.profile / "times.json")
+            times = read_record(root / "runs" / profile / "times.json")
             for path in paths:
-                _say(f"{path.stem:<32} {_minutes(times[path.stem]) if path.stem in times else '-'}")
+                say(f"{path.stem:<32} {_minutes(times[path.stem]) if path.stem in times else '-'}")
         elif options.publish:
-            publish(options.profile, root)
+            if profile not in PROFILES:
+                raise RunError(
+                    f"{options.profile} is not published: that would replace the results and "
+                    f"outputs of the report; what it made stays in runs/{profile}",
+                    2,
+                )
+            publish(profile, root)
         else:
-            run(paths, options.profile, root)
+            run(paths, profile, root)
     except (RunError, KeyboardInterrupt) as error:
         code = error.code if isinstance(error, RunError) else 130
         print(str(error) or "stopped", file=sys.stderr)
@@ -227,6 +144,15 @@ def main(arguments: Sequence[str] | None = None, root: Path = REPO) -> int:
             print("finished artefacts are kept; the same command continues", file=sys.stderr)
         return code
     return 0
+
+
+def _chosen_profile(choice: str) -> str:
+    """Make the choice that of the kernels, too, check it, and return the profile's name."""
+    os.environ["REPORT_PROFILE"] = choice
+    try:
+        return load_profile().name
+    except ConfigError as error:
+        raise RunError(str(error), 2) from None
 
 
 def _left(names: list[str], times: dict[str, float], measured: list[str]) -> str:
@@ -238,10 +164,6 @@ def _left(names: list[str], times: dict[str, float], measured: list[str]) -> str
 
 def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

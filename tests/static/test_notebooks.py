@@ -17,6 +17,7 @@ from typing import Any
 import nbformat
 import pytest
 
+from utils.address import badge, read_address
 from utils.publish import code_hash
 from utils.run import REPO
 
@@ -111,6 +112,26 @@ def test_one_cell_sets_the_parameters(path: Path):
     }
     assert "PROFILE" in values
     assert ast.literal_eval(values["PROFILE"]) == "quick"
+
+
+@each_notebook
+def test_badge_opens_this_notebook(path: Path):
+    title, shown, *_ = read(path).cells[0].source.split("\n\n")
+    assert title.startswith("# ")
+    assert shown == badge(read_address(), path.name), "`make address URL=...` writes it"
+
+
+@each_notebook
+def test_first_code_cell_prepares_colab(path: Path):
+    first, second, *others = code_cells(path)
+    assert first.metadata.get("tags") == ["colab"]
+    assert second.metadata.get("tags") == ["parameters"]
+    assert not [cell for cell in others if "colab" in cell.metadata.get("tags", [])]
+    assert len(first.source.splitlines()) <= 15
+    assert first.source == code_cells(NOTEBOOKS[0])[0].source, "it is the same in all notebooks"
+    assert first.source.startswith("DRIVE = False"), "the one flag is hard to find"
+    assert f'\nADDRESS = "{read_address()}"\n' in first.source
+    assert not first.outputs, "it does nothing where the outputs are made"
 
 
 @each_notebook

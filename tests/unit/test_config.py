@@ -130,6 +130,19 @@ def test_a_path_goes_with_the_source_file_only():
     assert DataConfig(source="file", path="pairs.jsonl").path == "pairs.jsonl"
 
 
+def test_the_seed_is_replaced_only_if_it_is_given():
+    assert load_profile("quick", {}, 3).seed == 3
+    assert load_profile("quick", {"seed": 4}, 3).seed == 4
+    assert load_profile("quick", {"seed": 4}, None).seed == 4
+
+
+def test_none_is_taken_where_the_field_may_be_none():
+    assert load_profile("quick", {"data.train_prompts": None}).data.train_prompts is None
+    assert load_profile("quick", {"reinforce.micro_batch": None}).reinforce.micro_batch is None
+    with pytest.raises(ConfigError, match="steps"):
+        load_profile("quick", {"reinforce.steps": None})
+
+
 def test_fields_that_belong_together_are_replaced_together():
     fields = {"data.source": "file", "data.path": "own/pairs.jsonl", "data.rating_low": 0.0}
     data = load_profile("quick", fields).data

@@ -25,6 +25,9 @@ from utils.data import (
     responses_frame,
     rule_accuracy,
 )
+from utils.pipeline import prepared_data
+from utils.profiles import load_profile
+from utils.weights import encode_prompt
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +217,85 @@ def test_system_and_several_turns(tmp_path):
     assert [r.text for r in group.responses] == ["2.", "3."]
 
 
+# Turns in the text of a prompt
+
+MARKED = "One?\n<extra_id_1>Assistant\nIt is\n\n1.\n<extra_id_1>User\nTwo?\n"
+
+
+def contents(group):
+    return [(message["role"], message["content"]) for message in group.prompt]
+
+
+@pytest.mark.parametrize("prompt", [MARKED, "Two?", f"{MARKED}\n"])
+def test_marked_turns_of_a_pair(tmp_path, prompt):
+    changes = {name: turns(MARKED, text) for name, text in (("chosen", "2"), ("rejected", "3"))}
+    group = load_rows(tmp_path, [pair_row(prompt, **changes)]).groups[0]
+    assert contents(group) == [("user", "One?"), ("assistant", "It is\n\n1."), ("user", "Two?")]
+    assert [r.text for r in group.responses] == ["2", "3"]
+
+
+def test_marked_turns_of_a_list(tmp_path):
+    group = load_rows(tmp_path, [list_row(MARKED)]).groups[0]
+    assert [role for role, _ in contents(group)] == ["user", "assistant", "user"]
+
+
+def test_marked_turns_come_back_as_they_were(tmp_path):
+    data = load_rows(tmp_path, [pair_row(MARKED, split="test")])
+    again = load_rows(tmp_path, pairs_frame(data.pairs("test")).to_dict("records"))
+    assert again.groups[0].prompt == data.groups[0].prompt
+
+
+@pytest.mark.parametrize(
+    "text", ["The <extra_id_1> sleeps.", " spaces stay \n", "<extra_id_0>User"]
+)
+def test_text_without_markers_is_not_touched(tmp_path, text):
+    assert contents(load_rows(tmp_path, [list_row(text)]).groups[0]) == [("user", text)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "One?\n<extra_id_1>Assistant\n1.",
+        "One?\n<extra_id_1>User\nTwo?",
+        "One?\n<extra_id_1>Assistant\n1.\n<extra_id_1>Assistant\n2.\n<extra_id_1>User\nThree?",
+        "One?\n<extra_id_1>Assistant\n\n<extra_id_1>User\nTwo?",
+        "<extra_id_1>Assistant\n1.\n<extra_id_1>User\nTwo?",
+        "One?\n<extra_id_1>Assistant\n1.\n<extra_id_1>User\n \n",
+        "One?\n<extra_id_1>System\n1.\n<extra_id_1>User\nTwo?",
+    ],
+)
+@pytest.mark.parametrize("row", [list_row, pair_row])
+def test_malformed_markers(tmp_path, text, row):
+    with pytest.raises(DataError, match=r"row 2, column .*marked <extra_id_1>Assistant and"):
+        load_rows(tmp_path, [row("Good?"), row(text)])
+
+
+# Ratings
+
+
+def test_ratings_are_mapped_to_the_scale_of_the_classes(tmp_path):
+    scale = {"rating_low": 0.0, "rating_high": 4.0}
+    row = list_row(ratings=(0, 4, 2, 2.6))
+    found = load_rows(tmp_path, [row], **scale).groups[0].responses
+    assert [r.rating for r in found] == pytest.approx([1, 10, 5.5, 6.85])
+    pair = pair_row(chosen_rating=4, rejected_rating=0, split="train")
+    assert load_rows(tmp_path, [pair], **scale).pairs("train")[0].rating_gap == 9
+    odd = list_row(ratings=(2.9, 4.7, 4.8, 8.4))
+    kept = [r.rating for r in load_rows(tmp_path, [odd]).groups[0].responses]
+    assert kept == [2.9, 4.7, 4.8, 8.4], "to the last bit where the scale is the same"
+
+
+def test_errors_show_ratings_as_they_were_read(tmp_path):
+    scale = {"rating_low": 0.0, "rating_high": 4.0}
+    with pytest.raises(DataError, match=r"from 0 to 4 .*got 5"):
+        load_rows(tmp_path, [pair_row(chosen_rating=5)], **scale)
+    with pytest.raises(DataError, match=r"at least rejected_rating 2.0, got 1.0"):
+        load_rows(tmp_path, [pair_row(chosen_rating=1)], **scale)
+
+
+# Identical texts
+
+
 def test_identical_pair_is_dropped(tmp_path):
     same = pair_row("Same?", rejected=turns("Same?", "Yes."))
     tie = pair_row("Same too?", rejected=turns("Same too?", "Yes."), rejected_rating=8.0)
@@ -369,28 +451,104 @@ def test_fingerprint(embedded, tmp_path):
 # Length and rules
 
 
+def encode_words(messages, response):
+    text = " ".join(m["content"] for m in messages) + " " + (response.text if response else "")
+    return [len(word) for word in text.split()]
+
+
+def sized_row(prompt, *lengths):
+    texts = [{"response": "w " * n, "overall": n % 10 + 1} for n in lengths]
+    return {"prompt": prompt, "split": "train", "responses": texts}
+
+
 def test_drop_long(tmp_path):
-    def count(messages, response):
-        words = sum(len(m["content"].split()) for m in messages)
-        return words + (len(response.text.split()) if response else 0)
-
-    def row(prompt, *lengths):
-        texts = [{"response": "w " * n, "overall": n % 10 + 1} for n in lengths]
-        return {"prompt": prompt, "split": "train", "responses": texts}
-
-    rows = [row("a b", 1, 2, 3), row("a b c d", 1, 2), row("c d", 3, 4, 5), row("e f", 1, 6, 7)]
-    data = load_rows(tmp_path, rows)
-    found = drop_long(data, count, max_prompt_length=3, max_length=6)
+    shapes = [("a b", 1, 2, 3), ("a b c d", 1, 2), ("c d", 3, 4, 5), ("e f", 1, 6, 7)]
+    data = load_rows(tmp_path, [sized_row(*shape) for shape in shapes])
+    found = drop_long(data, encode_words, max_prompt_length=3, max_length=6)
     assert found.dropped == {
         "prompt over 3 tokens": 1,
         "response over 6 tokens": 3,
         "group of fewer than two responses": 1,
     }
+    assert sorted(found.dropped_shares()) == [
+        "group of fewer than two responses: 1 of 3, 33.3%",
+        "prompt over 3 tokens: 1 of 4, 25.0%",
+        "response over 6 tokens: 3 of 9, 33.3%",
+    ]
     assert [p.messages[-1]["content"] for p in found.prompts("train")] == ["a b", "c d"]
     assert [len(g.responses) for g in found.groups] == [3, 2]
     assert found.fingerprint != data.fingerprint
-    same = drop_long(data, count, max_prompt_length=99, max_length=99)
+    same = drop_long(data, encode_words, max_prompt_length=99, max_length=99)
     assert same == data
+    assert same.dropped_shares() == []
+
+
+def test_a_text_is_encoded_once(tmp_path):
+    data, calls = load_rows(tmp_path, [sized_row("a b", 1, 2, 3), sized_row("c d", 1, 2)]), []
+
+    def encode(messages, response):
+        calls.append((messages[0]["content"], response and response.text))
+        return encode_words(messages, response)
+
+    drop_long(data, encode, 99, 99)
+    assert len(calls) == len(set(calls)) == 7
+
+
+def test_what_reads_the_same_is_dropped(tmp_path):
+    """Texts differ and token ids do not, as with characters that a tokenizer does not know."""
+
+    def row(prompt, *responses):
+        entries = [{"response": text, "overall": rating} for text, rating in responses]
+        return {"prompt": prompt, "split": "train", "responses": entries}
+
+    rows = [
+        row("group", ("xx", 1), ("yy", 5), ("zz", 1), ("z", 3)),  # yy goes, zz has xx's rating
+        row("pair", ("xx", 1), ("yy", 5)),  # both go
+        row("late", ("xx", 1), ("yy", 5), ("w " * 9, 9)),  # a pair, once the third is too long
+        row("fine", ("x", 1), ("yy", 5)),
+    ]
+    found = drop_long(load_rows(tmp_path, rows), encode_words, 9, 9)
+    kept = {g.prompt[0]["content"]: [r.text for r in g.responses] for g in found.groups}
+    assert kept == {"group": ["xx", "zz", "z"], "fine": ["x", "yy"]}
+    assert found.dropped == {"identical after tokenisation": 5, "response over 9 tokens": 1}
+    assert "identical after tokenisation: 5 of 10, 50.0%" in found.dropped_shares()
+
+
+def test_shares_of_identical_texts(tmp_path):
+    same = pair_row("Same?", rejected=turns("Same?", "Yes."))
+    shares = load_rows(tmp_path, [pair_row(), same, pair_row("Third?")]).dropped_shares()
+    assert shares == ["identical texts: 1 of 3, 33.3%"]
+
+
+def prepare(**changes):
+    fields = {f"data.{name}": value for name, value in changes.items()}
+    return prepared_data(load_profile("smoke", fields))
+
+
+@pytest.fixture
+def _no_profile(monkeypatch):
+    monkeypatch.delenv("REPORT_PROFILE", raising=False)
+
+
+@pytest.mark.usefixtures("_no_profile")
+def test_limits_smaller_than_the_template(tokenizer):
+    one_word = [{"role": "user", "content": "Hi"}]
+    template = len(encode_prompt(tokenizer, one_word))
+    with pytest.raises(DataError, match=f"max_prompt_length = {template} .*makes {template} tok"):
+        prepare(max_prompt_length=template)
+    with pytest.raises(DataError, match=r"no prompts are left in train and validation and test"):
+        prepare(max_prompt_length=template + 1)
+    with pytest.raises(DataError, match=r"response over 45 tokens: \d+ of \d+, \d"):
+        prepare(max_length=45)
+
+
+@pytest.mark.usefixtures("_no_profile")
+def test_a_split_that_is_not_there(tmp_path):
+    rows = [list_row(f"{i}?", split="train" if i else "validation") for i in range(3)]
+    path = str(write(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(DataError, match=r"no prompts are left in test \(dropped: none\)"):
+        prepare(source="file", path=path)
+    assert len(prepare(source="file", path=path, test_prompts=0).groups) == 3
 
 
 def test_rules_by_hand():

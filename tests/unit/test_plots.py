@@ -79,7 +79,6 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "reward_training": lambda: plots.reward_training(reward_metrics(), "t", constant=0.7985),
     "reward_histograms": lambda: plots.reward_histograms([1.0, 2.0], [0.0, 1.0], "t"),
     "rating_distributions": lambda: plots.rating_distributions({"a": np.full(10, 0.1)}, "t"),
-    "reliability": lambda: plots.reliability([0.1, 0.9, 1.0], [0, 1, 1], "t"),
     "alignment_curves": lambda: plots.alignment_curves(policy_metrics(), "t", {"entropy": 1.9}),
     "comparison_curves": lambda: plots.comparison_curves(
         {"align_scalar": policy_metrics()}, {"align_scalar": band(), "sft": band()}, "t"
@@ -161,16 +160,32 @@ def test_the_reference_has_no_temperature():
     ]
 
 
+def test_unknown_temperatures_and_sources_are_called_so():
+    """Ratings of one's own: no temperature, no source, one batch, ratings between the classes."""
+    plain = pd.DataFrame({"rating": [1.0, 3.25, 10.0], "batch": 1, "n_words": 5, "category": "a"})
+    plain = plain.assign(temperature=None, source=None)
+    figure = plots.rating_histograms(plain)
+    assert [ax.get_title("left") for ax in figure.axes] == ["temperature unknown: mean 4.8, n = 3"]
+    assert [bar.get_x() + bar.get_width() / 2 for bar in figure.axes[0].patches] == pytest.approx(
+        range(1, 11)
+    )
+    assert [bar.get_height() > 0 for bar in figure.axes[0].patches].count(True) == 3
+    assert not figure.legends, "a legend of one batch"
+    mixed = pd.concat([plain, responses()], ignore_index=True)
+    axes = [ax for ax in plots.rating_histograms(mixed).axes if ax.get_visible()]
+    titles = [ax.get_title("left").split(":")[0] for ax in axes]
+    assert titles == ["temperature 0.3", "temperature 1.0", "reference", "temperature unknown"]
+    (legend,) = plots.category_overview(plain).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["response"]
+    (legend,) = plots.category_overview(mixed).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["model sample", "reference"]
+
+
 def test_expected_rating_and_spread():
     two_peaks = np.zeros(10)
     two_peaks[[0, 9]] = 0.5
     figure = plots.rating_distributions({"torn": two_peaks}, "t")
     assert figure.axes[0].get_title("left") == "torn\nexpected 5.50, sd 4.50"
-
-
-def test_calibration_error_by_hand():
-    figure = plots.reliability([0.25] * 4 + [0.75] * 4, [0, 0, 0, 1, 0, 0, 1, 1], "t")
-    assert "calibration error 0.125" in figure.axes[0].get_legend_handles_labels()[1][1]
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from utils import models, reinforce, rollout
+from utils import models, reinforce, rollout, update
 from utils.checkpoints import load_adapter
 from utils.config import ModelConfig, ReinforceConfig
 from utils.data import Prompt
 from utils.environment import ROOT
 from utils.reinforce import TrainingStopped, step_prompts, train_policy
 from utils.results import GLOSSARY, ResultsError, Run
+from utils.update import PolicyUpdate
 from utils.weights import load_tokenizer
 
 TINY = ModelConfig(name="tiny-random")
@@ -56,7 +57,7 @@ def _pinned():
 def pin(set_attribute):
     """Compute in fp32 on the CPU."""
     set_attribute(models, "compute_dtype", lambda where: torch.float32)
-    for module in (models, rollout):
+    for module in (models, rollout, update):
         set_attribute(module, "device", lambda: torch.device("cpu"))
 
 
@@ -148,7 +149,8 @@ def test_one_step_by_hand(tmp_path):
     for name, parameter in trained(policy).items():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
-    drawn = reinforce._rollout(policy, tokenizer, step_prompts(PROMPTS, 1, 5, 0), CONFIG, 0)
+    batch = step_prompts(PROMPTS, 1, 5, 0)
+    drawn = reinforce._rollout(policy, tokenizer, batch, range(5), CONFIG, 0)
     advantages = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0])
     log_probs = []
     for prompt, completion in zip(drawn.prompt_ids, drawn.completion_ids, strict=True):
@@ -163,11 +165,9 @@ def test_one_step_by_hand(tmp_path):
             for parameter, value in zip(trained(policy).values(), before, strict=True):
                 parameter.copy_(value)
         config = dataclasses.replace(CONFIG, micro_batch=micro_batch, max_grad_norm=1e9)
-        found = reinforce._update(
-            policy,
-            torch.optim.SGD(trained(policy).values()),
-            *(tokenizer, drawn, advantages, config, {"learning_rate": 1.0}),
-        )
+        optimizer = torch.optim.SGD(trained(policy).values())
+        steps = PolicyUpdate(policy, optimizer, config, tokenizer.pad_token_id)
+        found = steps.step(drawn, advantages, len(drawn), learning_rate=1.0)
         moved = [b - p for b, p in zip(before, trained(policy).values(), strict=True)]
         torch.testing.assert_close(moved, list(expected), atol=1e-3, rtol=1e-3)
         assert found["loss"] == pytest.approx(loss.item(), rel=1e-4)
@@ -177,14 +177,12 @@ def test_one_step_by_hand(tmp_path):
 
 def test_the_gradient_is_clipped_and_its_norm_logged_before(tmp_path):
     policy, tokenizer = quick_policy(), words()
-    drawn = reinforce._rollout(policy, tokenizer, PROMPTS, CONFIG, 0)
+    drawn = reinforce._rollout(policy, tokenizer, PROMPTS, range(5), CONFIG, 0)
     before = {name: p.detach().clone() for name, p in trained(policy).items()}
     config = dataclasses.replace(CONFIG, max_grad_norm=1e-2)
-    found = reinforce._update(
-        policy,
-        torch.optim.SGD(trained(policy).values()),
-        *(tokenizer, drawn, shorter(None, drawn), config, {"learning_rate": 1.0}),
-    )
+    optimizer = torch.optim.SGD(trained(policy).values())
+    steps = PolicyUpdate(policy, optimizer, config, tokenizer.pad_token_id)
+    found = steps.step(drawn, shorter(None, drawn), len(drawn), learning_rate=1.0)
     moved = torch.cat([(p - before[n]).flatten() for n, p in trained(policy).items()]).norm()
     assert found["grad_norm"] > 1, "the norm must be that before clipping"
     assert moved.item() == pytest.approx(1e-2, rel=1e-2), "the gradient was not clipped"
@@ -393,13 +391,13 @@ def test_a_reward_that_is_not_finite_stops_the_run(tmp_path, unbroken, bad):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, unbroken):
-    right, calls = reinforce.reinforce_loss, []
+    right, calls = update.reinforce_loss, []
 
     def spoiled(*args):
         calls.append(1)  # two micro-batches a step
         return right(*args) * (float("nan") if len(calls) == 5 else 1)
 
-    monkeypatch.setattr(reinforce, "reinforce_loss", spoiled)
+    monkeypatch.setattr(update, "reinforce_loss", spoiled)
     with pytest.raises(TrainingStopped, match=r"^\[align\] step 3: loss is nan.*align/checkpoints"):
         train(tmp_path / "align")
     assert checkpoints(tmp_path / "align") == ["step-000002.pt"]

@@ -2,7 +2,9 @@
 
 import dataclasses
 import shutil
+import weakref
 
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -11,18 +13,14 @@ from hypothesis import strategies as st
 from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
-from utils import models, reward_training, rewards
+from utils import models, reward_trainer, reward_training, rewards
 from utils.config import RewardConfig
 from utils.data import Group, Response
 from utils.losses import expected_rating
 from utils.profiles import PROFILES
 from utils.results import Run
-from utils.reward_training import (
-    GroupCollator,
-    GroupRewardTrainer,
-    train_reward_model,
-    training_set,
-)
+from utils.reward_trainer import GroupCollator, GroupRewardTrainer, training_set
+from utils.reward_training import train_reward_model
 from utils.rewards import RewardModel, reward_from_logits
 from utils.weights import ModelError, encode_dialogue
 
@@ -87,18 +85,27 @@ def rows(count=9):
     return [PROMPT] * count, texts, [i % 2 == 0 for i in range(count)]
 
 
+def scored(reward_model, size, columns=None):
+    reward_model.batch.size = size
+    return reward_model.logits(*(columns or rows()))
+
+
+def out_of_memory(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
 # Scoring
 
 
 @pytest.mark.parametrize("kind", ["scalar", "ordinal"])
 def test_scores_do_not_depend_on_the_batch(pinned, kind):
     reward_model = stirred(kind)
-    alone = reward_model.logits(*rows(), batch_size=1)
+    alone = scored(reward_model, 1)
     assert alone.shape == (9, 1 if kind == "scalar" else 10)
     assert alone.dtype == torch.float32
     assert alone.std(0).max() > 1e-2, "the rows must differ, or their order is not tested"
     for size in (2, 4, 32):
-        together = reward_model.logits(*rows(), batch_size=size)
+        together = scored(reward_model, size)
         torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-4)
     read = alone[:, 0] if kind == "scalar" else expected_rating(alone)
     torch.testing.assert_close(reward_model.score(*rows()), read, atol=1e-4, rtol=1e-4)
@@ -112,10 +119,30 @@ def test_scores_follow_the_order_of_the_rows(pinned):
     @given(order=st.permutations(range(9)), size=st.integers(1, 9))
     def check(order, size):
         shuffled = [[column[i] for i in order] for column in rows()]
-        found = reward_model.logits(*shuffled, batch_size=size)
+        found = scored(reward_model, size, shuffled)
         torch.testing.assert_close(found, expected[list(order)], atol=2e-5, rtol=1e-4)
 
     check()
+
+
+def test_scoring_goes_on_with_half_the_batch(pinned, monkeypatch, capsys):
+    reward_model = stirred("ordinal")
+    expected = reward_model.logits(*rows())
+    forward, read = reward_model.model.forward, []
+
+    def small(input_ids, **kwargs):
+        read.append(len(input_ids))
+        # The second batch of four is one too many: the first was read, and must not count twice.
+        if len(input_ids) == 8 or read == [8, 4, 4]:
+            out_of_memory()
+        return forward(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(reward_model.model, "forward", small)
+    torch.testing.assert_close(scored(reward_model, 8), expected, atol=2e-5, rtol=1e-4)
+    assert read == [8, 4, 4, 2, 2, 2, 2, 1]
+    assert reward_model.batch.size == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(" ")[2] for line in lines] == ["4", "2"]
 
 
 def test_an_ended_answer_scores_otherwise_than_a_cut_one(pinned):
@@ -173,7 +200,8 @@ def test_groups_of_two_equal_trls_pairs(pinned, tmp_path):
     for trainer, batch in ((ours, list(dataset)), (stock, pairs)):
         loss = trainer.compute_loss(model.train(), trainer.data_collator(batch))
         gradients = torch.autograd.grad(loss, list(trainable(model).values()))
-        results.append((loss, gradients, trainer._metrics["train"]["accuracy"]))
+        accuracy = trainer._metrics["train"]["accuracy"]
+        results.append((loss, gradients, sum(accuracy) / len(accuracy)))
     torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=1e-4)
     assert all(gradient.abs().max() > 0 for gradient in results[0][1])
 
@@ -223,7 +251,7 @@ def test_a_batch_read_a_few_rows_at_a_time_gives_the_same_logits(pinned, monkeyp
     with torch.no_grad():
         whole = model(input_ids=batch["input_ids"]).logits
         for rows in (1, 2, 4):
-            monkeypatch.setattr(reward_training, "ROWS_TOGETHER", rows)
+            monkeypatch.setattr(reward_trainer, "ROWS_TOGETHER", rows)
             parts = GroupRewardTrainer._logits(model, batch["input_ids"], batch["lengths"])
             torch.testing.assert_close(parts, whole, atol=2e-5, rtol=1e-4)
 
@@ -254,6 +282,76 @@ def test_groups_in_which_all_ratings_tie_are_left_out(tokenizer):
     assert batch["group"].tolist() == [0, 0, 0]
 
 
+# Precision
+
+
+def test_what_is_trained_stays_in_fp32(tmp_path):
+    """The stock trainer makes them bf16 on 4-bit weights, which a T4's loss scaling cannot take."""
+    config = dataclasses.replace(PROFILE.model, expand_4bit=False)
+    reward_model = RewardModel.fresh("scalar", dataclasses.replace(PROFILE, model=config))
+    model, tokenizer = reward_model.model, reward_model.tokenizer
+    assert model.is_loaded_in_4bit
+    before = {name: p.clone() for name, p in trainable(model).items()}
+    GroupRewardTrainer(
+        reward=REWARD,
+        kind="scalar",
+        model=model,
+        args=trainer_arguments(tmp_path),
+        train_dataset=training_set(PAIRS, tokenizer),
+        processing_class=tokenizer,
+        data_collator=GroupCollator(tokenizer.pad_token_id),
+    )
+    after = trainable(model)
+    assert {p.dtype for p in after.values()} == {torch.float32}
+    changed = [name for name, p in after.items() if not torch.equal(p, before[name])]
+    assert not changed, "rounded on the way"
+    rounded = [not torch.equal(p, p.bfloat16().float()) for p in before.values()]
+    assert any(rounded), "these values would not show a rounding"
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "bf16", "fp16"),
+    [
+        ("cuda", (7, 5), False, True),
+        ("cuda", (8, 0), True, False),
+        ("cuda", (9, 0), True, False),
+        ("cpu", None, False, False),
+    ],
+)
+def test_autocast_has_the_dtype_of_the_device(monkeypatch, tmp_path, kind, capability, bf16, fp16):
+    monkeypatch.setattr(reward_training, "device", lambda: torch.device(kind))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr(reward_training, "TrlRewardConfig", lambda **fields: fields)
+    arguments = reward_training._trainer_arguments(REWARD, 1, 0, tmp_path, STEPS)
+    assert (arguments["bf16"], arguments["fp16"]) == (bf16, fp16)
+    assert arguments["use_cpu"] == (kind == "cpu")
+
+
+def test_scores_do_not_keep_the_autocast_of_training(pinned, run, monkeypatch):
+    arguments, fresh, autocast = reward_training._trainer_arguments, RewardModel.fresh, []
+
+    def watched(kind, profile):
+        reward_model = fresh(kind, profile)
+        reward_model.model.get_base_model().register_forward_pre_hook(
+            lambda *_: autocast.append(torch.is_autocast_enabled("cpu"))
+        )
+        return reward_model
+
+    def as_on_cuda(*given):
+        return dataclasses.replace(arguments(*given), bf16=True)
+
+    monkeypatch.setattr(models, "compute_dtype", lambda where: torch.bfloat16)
+    monkeypatch.setattr(reward_training, "_trainer_arguments", as_on_cuda)
+    monkeypatch.setattr(RewardModel, "fresh", watched)
+    trained = train_reward_model("scalar", PROFILE, GROUPS[:4], run)
+    assert autocast, "no pass was seen"
+    assert all(autocast), "training is in autocast"
+    autocast.clear()
+    trained.logits(*rows())
+    assert autocast == [False]
+
+
 # Training
 
 
@@ -279,6 +377,59 @@ def test_training_learns(pinned, run):
     train_reward_model("ordinal", profile, GROUPS, run)
     metrics = run.metrics()
     assert metrics.loss[-3:].mean() < metrics.loss[:3].mean() - 0.05
+
+
+UNEQUAL = [group(n, [8.0, 2.0, 5.0] if n % 2 else [7.0, 3.0]) for n in range(2 * STEPS)]
+
+
+def test_the_micro_batch_does_not_change_the_steps(pinned, tmp_path):
+    """Groups of three pairs and of one: a mean of means would weigh their pairs differently."""
+    found = []
+    for micro in (2, 1):
+        reward = dataclasses.replace(REWARD, micro_groups=micro)
+        profile = dataclasses.replace(PROFILE, reward=reward)
+        run = Run(tmp_path / str(micro), {}, seed=0, data_fingerprint="f" * 16)
+        trained = train_reward_model("ordinal", profile, UNEQUAL, run)
+        found.append((run.metrics().drop(columns="seconds"), trained.logits(*rows())))
+    (whole, expected), (cut, logits) = found
+    pd.testing.assert_frame_equal(cut, whole, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("step", "checkpoint"), [(1, 0), (2, 0), (4, 2)])
+def test_training_goes_on_with_half_the_groups(
+    pinned, tmp_path, monkeypatch, capsys, step, checkpoint
+):
+    reward = dataclasses.replace(REWARD, micro_groups=2, save_steps=2)
+    profile = dataclasses.replace(PROFILE, reward=reward)
+    runs = [Run(tmp_path / n, {}, seed=0, data_fingerprint="f" * 16) for n in ("whole", "rm")]
+    expected = train_reward_model("scalar", profile, UNEQUAL, runs[0])
+    capsys.readouterr()
+    loss, fresh, sizes, models_made = GroupRewardTrainer.compute_loss, RewardModel.fresh, [], []
+
+    def tight(self, model, inputs, *args, **kwargs):
+        size = int(inputs["group"].max()) + 1
+        sizes.append(size)
+        if size == 2 and self.state.global_step == step - 1:
+            out_of_memory()
+        return loss(self, model, inputs, *args, **kwargs)
+
+    def only_one(kind, profile):
+        assert not any(made() for made in models_made), "the failed attempt is still in memory"
+        reward_model = fresh(kind, profile)
+        models_made.append(weakref.ref(reward_model.model))
+        return reward_model
+
+    monkeypatch.setattr(GroupRewardTrainer, "compute_loss", tight)
+    monkeypatch.setattr(RewardModel, "fresh", only_one)
+    trained = train_reward_model("scalar", profile, UNEQUAL, runs[1])
+    assert sizes == [2] * step + [1] * 2 * (STEPS - checkpoint), "half the groups, twice the passes"
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[memory]")]
+    assert lines == ["[memory] rm, groups in one pass: out of memory, going on with 1"]
+    whole, found = (run.metrics().drop(columns="seconds") for run in runs)
+    assert list(found.step) == [1, 2, 3, 4]
+    pd.testing.assert_frame_equal(found, whole, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(trained.logits(*rows()), expected.logits(*rows()), atol=1e-4, rtol=0)
 
 
 def test_an_unreadable_adapter_names_its_run(run):
@@ -373,13 +524,13 @@ def test_no_checkpoint_at_all(tmp_path):
 
 @pytest.mark.parametrize(("bad", "step"), [(float("inf"), 1), (float("nan"), 3)])
 def test_a_loss_that_is_not_finite_stops_the_run(run, monkeypatch, bad, step):
-    loss, calls = reward_training.bradley_terry_loss, []
+    loss, calls = reward_trainer.bradley_terry_loss, []
 
     def spoiled(*args):
         calls.append(1)  # two micro batches a step
         return loss(*args) * (bad if len(calls) > 2 * (step - 1) else 1.0)
 
-    monkeypatch.setattr(reward_training, "bradley_terry_loss", spoiled)
+    monkeypatch.setattr(reward_trainer, "bradley_terry_loss", spoiled)
     with pytest.raises(FloatingPointError, match=rf"loss of step {step} .*learning_rate"):
         train_reward_model("scalar", PROFILE, GROUPS, run)
     last = reward_training._last_good_checkpoint(run.directory / "checkpoints")

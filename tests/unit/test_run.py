@@ -20,7 +20,8 @@ TWO_PLUS_TWO = "print('[demo] step 1/2')\nprint('quiet')\n2 + 2"
 
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("REPORT_PROFILE", raising=False)
+    """Empty counts as unset; the runner sets the variable for its kernels, and this is undone."""
+    monkeypatch.setenv("REPORT_PROFILE", "")
 
 
 def write_notebook(root: Path, name: str, *sources: str) -> Path:
@@ -131,7 +132,62 @@ def test_only_and_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["--profile", "smoke", "--only", "07"], root=tmp_path) == 2
     assert "01_a, 02_b" in capsys.readouterr().err
     assert main(["--profile", "smok"], root=tmp_path) == 2
-    assert "smoke, quick" in capsys.readouterr().err
+    assert "did you mean smoke" in capsys.readouterr().err
+
+
+def own_profile(root: Path, **fields: object) -> Path:
+    path = root / "own" / "mine.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"profile": "smoke", **fields}))
+    return path
+
+
+def test_a_profile_from_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Its runs carry the file's name; the kernels get the path, whatever the environment says."""
+    monkeypatch.setenv("REPORT_PROFILE", "quick")
+    path = own_profile(tmp_path, **{"reinforce.steps": 2})
+    write_notebook(tmp_path, "01_a.ipynb", "import os\nprint(os.environ['REPORT_PROFILE'])")
+
+    assert main(["--profile", str(path)], root=tmp_path) == 0
+
+    assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["mine"]
+    notebook = nbformat.read(tmp_path / "runs/mine/notebooks/01_a.ipynb", as_version=4)
+    assert "own/mine.json" in text_of(notebook)
+    assert notebook.metadata.report["profile"] == "mine"
+    assert set(json.loads((tmp_path / "runs/mine/cost.json").read_text())) == {"01_a"}
+    shown = capsys.readouterr().out
+    assert "runs/mine/tables" in shown
+    assert "make publish" not in shown
+    assert main(["--profile", str(path), "--list"], root=tmp_path) == 0
+    assert re.fullmatch(r"01_a +\d+ s\n", capsys.readouterr().out)
+
+
+def test_a_bad_profile_starts_no_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = own_profile(tmp_path, **{"reinforce.step": 2})
+    write_notebook(tmp_path, "01_a.ipynb", "1")
+    assert main(["--profile", str(path)], root=tmp_path) == 2
+    shown = capsys.readouterr()
+    assert "did you mean reinforce.steps" in shown.err
+    assert "Traceback" not in shown.err
+    assert not shown.out
+    path.write_text('{"profile": "smoke",}')
+    assert main(["--profile", str(path)], root=tmp_path) == 2
+    assert "mine.json cannot be read as a profile" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_profile_from_a_file_is_not_published(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Publishing would replace the committed outputs, so what is finished does not matter."""
+    notebook = finished_sequence(tmp_path)
+    (tmp_path / "runs" / "smoke").rename(tmp_path / "runs" / "mine")
+    before = notebook.read_bytes()
+    path = own_profile(tmp_path)
+    assert main(["--profile", str(path), "--publish"], root=tmp_path) == 2
+    assert "stays in runs/mine" in capsys.readouterr().err
+    assert notebook.read_bytes() == before
+    assert not (tmp_path / "results").exists()
 
 
 def make_run(folder: Path, status: str, value: str) -> None:

@@ -1,0 +1,142 @@
+"""The trainer of reward models: trl's, on groups of rated responses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from trl import RewardTrainer
+
+from utils.config import RewardConfig
+from utils.data import Group
+from utils.losses import bradley_terry_loss, pair_indices, rating_pair_loss
+from utils.rewards import KINDS, reward_from_logits
+from utils.weights import encode_dialogue, pad_right
+
+ROWS_TOGETHER = 8  # responses of like length in one forward pass
+
+
+@dataclass
+class GroupCollator:
+    """Stack the responses of several groups; each response is in the batch once.
+
+    Returns `input_ids` (rows, time), `ratings` (rows,), `group` (rows,) and `lengths` (rows,) in
+    tokens, the rows in order of their length.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Collate rows of the dataset made by `training_set`."""
+        rows = [
+            (ids, rating, group)
+            for group, example in enumerate(examples)
+            for ids, rating in zip(example["ids"], example["ratings"], strict=True)
+        ]
+        ids, ratings, groups = zip(*sorted(rows, key=lambda row: len(row[0])), strict=True)
+        return {
+            "input_ids": pad_right(ids, self.pad_token_id),
+            "ratings": torch.tensor(ratings),
+            "group": torch.tensor(groups),
+            "lengths": torch.tensor([len(row) for row in ids]),
+        }
+
+
+class GroupRewardTrainer(RewardTrainer):
+    """`trl.RewardTrainer` on groups of rated responses instead of on single pairs.
+
+    Four responses make up to six pairs. A trainer of pairs reads twelve texts for them, this one
+    four, for the same loss. It also accepts ten outputs, which trl's trainer refuses.
+    """
+
+    loss_is_scaled_for_ga = True  # by `compute_loss`, which weighs a pass with its pairs
+
+    def __init__(self, *, reward: RewardConfig, kind: str, model: PeftModel, **kwargs: Any) -> None:
+        self.reward = reward
+        self.kind = kind
+        # RewardTrainer insists on one label, only because its own compute_loss does.
+        model.config.num_labels = 1
+        # It also casts what is trained on 4-bit weights to bf16. An update of a few ten-thousandths
+        # is lost in that, and the loss scaling that a T4 needs does not know the type.
+        exact = {p: p.data for p in model.parameters() if p.requires_grad}
+        super().__init__(model=model, **kwargs)
+        for parameter, data in exact.items():
+            parameter.data = data
+        model.config.num_labels = KINDS[kind]
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
+        return dataset  # tokenised by `training_set`
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["ids", "ratings"]
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], int]:
+        """Return the batches of a step and the number of their pairs."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, sum(len(pair_indices(b["ratings"], b["group"])[0]) for b in batches)
+
+    def compute_loss(
+        self,
+        model: PeftModel,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: int | None = None,
+    ) -> Tensor:
+        """Return the mean loss over all ordered pairs within the groups of the batch.
+
+        With `num_items_in_batch`, the pairs of the whole step, it is this batch's share in the
+        mean over those: however a step is cut into batches, its gradient is the same.
+        """
+        logits = self._logits(model, inputs["input_ids"], inputs["lengths"])
+        ratings = inputs["ratings"]
+        chosen, rejected = pair_indices(ratings, inputs["group"])
+        if self.kind == "scalar":
+            loss = bradley_terry_loss(
+                logits[chosen, 0],
+                logits[rejected, 0],
+                self.reward.margin_scale * (ratings[chosen] - ratings[rejected]),
+                self.reward.center_rewards_coefficient,
+            )
+        else:
+            loss = rating_pair_loss(logits[chosen], logits[rejected])
+        if num_items_in_batch is not None:
+            loss = loss * (len(chosen) / num_items_in_batch)
+        reward = reward_from_logits(logits.detach())
+        gap = reward[chosen] - reward[rejected]
+        metrics = self._metrics["train" if model.training else "eval"]
+        # Once for each pair, since the trainer takes the mean over all entries of a step.
+        metrics["accuracy"] += [(gap > 0).float().mean().item()] * len(gap)
+        metrics["reward_gap"] += [gap.mean().item()] * len(gap)
+        return (loss, logits) if return_outputs else loss
+
+    @staticmethod
+    def _logits(model: PeftModel, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Read the rows a few at a time, each few cut to its longest: a fifth less padding."""
+        parts = []
+        for rows in torch.arange(len(lengths)).split(ROWS_TOGETHER):
+            width = min(-(-int(lengths[rows].max()) // 32) * 32, input_ids.shape[1])
+            parts.append(model(input_ids=input_ids[rows, :width], use_cache=False).logits)
+        return torch.cat(parts)
+
+
+def training_set(groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Tokenise groups for `GroupRewardTrainer`; groups in which all ratings tie are left out."""
+    rows = []
+    for group in groups:
+        ratings = [response.rating for response in group.responses]
+        if len(set(ratings)) == 1:
+            continue
+        ids = [
+            encode_dialogue(tokenizer, group.prompt, response.text, response.finished)
+            for response in group.responses
+        ]
+        rows.append({"ids": ids, "ratings": ratings})
+    return Dataset.from_list(rows)
