@@ -12,6 +12,8 @@ from typing import Any
 
 import pandas as pd
 
+from utils.environment import quiet
+from utils.profiles import PROFILES
 from utils.results import GLOSSARY, ROOT, read_json, write_json
 
 RESULTS = ROOT / "results"
@@ -60,6 +62,7 @@ def render(summary: dict[str, dict[str, Any]], results: Path = RESULTS) -> dict[
         "answer": _answer(results),
         "reward-models": _reward_table(summary),
         "cost": _cost_table(results),
+        "memory": _memory_table(results),
         "glossary": "\n".join(
             ["| name | meaning |", "|---|---|"]
             + [f"| `{name}` | {meaning} |" for name, meaning in GLOSSARY.items()]
@@ -85,6 +88,10 @@ def fill(text: str, parts: dict[str, str]) -> str:
 
 def update() -> None:
     """Rewrite `results/summary.json` and the generated parts of the README."""
+    quiet()  # before the libraries below are imported
+    from utils.memory_plan import plan_table
+
+    plan_table(PROFILES["full"]).to_csv(RESULTS / "tables" / "memory_plan.csv", float_format="%.4g")
     summary = headline()
     write_json(RESULTS / "summary.json", summary)
     readme = ROOT / "README.md"
@@ -204,6 +211,24 @@ def _cost_table(results: Path) -> str:
         f"| `{name}` | {entry['seconds'] / 60:.1f} | {entry['peak_rss_gb']:.1f} |"
         for name, entry in sorted(cost.items())
     ]
+    return "\n".join(lines)
+
+
+def _memory_table(results: Path) -> str:
+    plans = pd.read_csv(results / "tables" / "memory_plan.csv", index_col=0)
+    lines = [
+        "| model | parameters, millions | weights in 16 bits, GB | in 4 bits, GB "
+        "| smallest plan, GB | sequences, groups in a pass | its plan, GB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in plans.iterrows():
+        weights = f"{row['weights in 16 bits, GB']:.2f} | {row['weights in 4 bits, GB']:.2f}"
+        passes = f"{row['micro-batch']:.0f}, {row['groups']:.0f}"
+        lines.append(
+            f"| {name} | {row['parameters, millions']:.0f} | {weights} "
+            f"| {row['plan with batches of 1, GB']:.1f} | {passes} "
+            f"| {row['plan with these, GB']:.1f} |"
+        )
     return "\n".join(lines)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 
 from utils import summary
+from utils.memory_plan import plan_table
+from utils.profiles import PROFILES
 from utils.results import ROOT, read_json
 
 
@@ -16,6 +19,12 @@ def test_readme_shows_the_published_numbers():
     text = (ROOT / "README.md").read_text()
     parts = summary.render(read_json(summary.RESULTS / "summary.json"))
     assert text == summary.fill(text, parts), "run `python -m utils.summary`"
+
+
+def test_the_memory_plan_is_that_of_the_code():
+    plans = pd.read_csv(summary.RESULTS / "tables" / "memory_plan.csv", index_col=0)
+    expected = plan_table(PROFILES["full"])
+    pd.testing.assert_frame_equal(plans, expected, rtol=1e-3, check_dtype=False)
 
 
 def test_every_headline_number_lies_in_its_interval():
