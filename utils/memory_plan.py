@@ -97,9 +97,13 @@ def memory_plan(
 
 
 def describe(plan: MemoryPlan) -> str:
-    """Return the plan as the lines that are printed before a run."""
+    """Return the plan as the lines that are printed before a run.
+
+    It counts tensors. The libraries, and what the allocator keeps for the next time, come on top.
+    """
     available, batches = _available_gb(), plan.batches
-    lines = [f"[memory] plan for {plan.title} with {available:.1f} GB: {plan.total:.1f} GB in all"]
+    total = f"{plan.total:.1f} GB of tensors at most, {available:.1f} GB are there"
+    lines = [f"[memory] plan for {plan.title}: {total}; in GB,"]
     stages = {
         f"reward model, {batches['micro_groups']} groups in a pass": plan.reward,
         f"alignment, {batches['micro_batch']} sequences in a pass, "

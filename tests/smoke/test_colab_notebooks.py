@@ -201,6 +201,7 @@ def test_the_notebooks_on_one_machine(machine: Machine):
     assert {path.name[:2] for path in profile.glob("figures/*.png")} >= {"01", "02", "06"}
     assert list(profile.glob("*/run.json"))
     assert git("log", "--oneline", folder=machine.clone).count("\n") == 1
+    assert not git("status", "-s", folder=machine.clone), "the link to Drive makes the clone dirty"
 
     # Another session of a notebook that is finished, its first cell run a second time.
     notebook = machine.open(2)

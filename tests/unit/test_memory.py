@@ -353,8 +353,8 @@ def test_the_plan_in_words(full, monkeypatch):
     monkeypatch.setattr(memory_plan, "_available_gb", lambda: 15.0)
     plan = plan_of(full, 8, 16, 32, how=T4)
     lines = describe(plan).splitlines()
-    total = f"{plan.total:.1f} GB in all"
-    assert lines[0] == f"[memory] plan for full on a T4 with 15.0 GB: {total}"
+    total = f"{plan.total:.1f} GB of tensors at most, 15.0 GB are there"
+    assert lines[0] == f"[memory] plan for full on a T4: {total}; in GB,"
     assert lines[1].startswith("[memory] reward model, 16 groups in a pass: weights 0.0")
     stage = "[memory] alignment, 8 sequences in a pass, 32 sampled together: policy 0.0"
     assert lines[2].startswith(stage)

@@ -1,0 +1,96 @@
+"""The profile `full`, cut short: set and model come from a stand-in for the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from tests.fake_hub import FakeHub
+from tests.hub_data import MARKED, pair, pairs, parquet
+from utils.config import ModelConfig
+from utils.profiles import PROFILES
+from utils.results import read_json
+from utils.run import REPO
+from utils.weights import weights_path
+
+pytestmark = pytest.mark.slow
+SHORTER = {
+    "profile": "full",
+    **{"data.train_prompts": 8, "data.validation_prompts": 4, "data.test_prompts": 4},
+    **{"reward.groups_per_step": 4, "reward.lora_r": 4, "reinforce.lora_r": 4},
+    **{"reinforce.steps": 2, "reinforce.prompts_per_step": 4, "reinforce.eval_steps": 2},
+    **{"reinforce.max_completion_length": 8, "evaluation.bootstrap_samples": 200},
+    **{"evaluation.batch_size": 4, "evaluation.sft_temperatures": [0.5]},
+}
+COPIED = ("pyproject.toml", "notebooks", "utils")
+
+
+def rows() -> list[dict]:
+    """Return 8,678 rows; the first prompts of a split, which the profile takes, are odd ones."""
+    marked = [pair(MARKED.replace("One", f"{n} and one")) for n in range(60)]
+    return [*marked, *pairs(8678 - len(marked))]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run all notebooks in a copy of the repository."""
+    copy = tmp_path_factory.mktemp("full") / "report"
+    copy.mkdir()
+    for name in COPIED:
+        if (REPO / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(REPO / name, copy / name, ignore=ignored)
+        else:
+            shutil.copy2(REPO / name, copy / name)
+    (copy / "hub.json").write_text(json.dumps(SHORTER))
+    with FakeHub() as hub:
+        hub.add_dataset(
+            "esfrankel17/HelpSteer2_binarized",
+            {"data/average_rating_split-00000-of-00001.parquet": parquet(rows())},
+        )
+        hub.add_model(PROFILES["full"].model.name, weights_path(ModelConfig(name="tiny-random")))
+        environment = {k: v for k, v in os.environ.items() if k not in ("REPORT_PROFILE",)}
+        ended = subprocess.run(
+            [sys.executable, "-m", "utils.run", "--profile", "hub.json"],
+            cwd=copy,
+            env={**environment, **hub.environment(copy / "home")},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+    assert ended.returncode == 0, f"{ended.stdout[-2000:]}\n{ended.stderr[-3000:]}"
+    (copy / "printed").write_text(ended.stdout)
+    return copy
+
+
+def test_all_notebooks_run_on_the_set_and_the_model_of_the_hub(done: Path):
+    executed = sorted((done / "runs/hub/notebooks").glob("*.ipynb"))
+    assert [path.name[:2] for path in executed] == ["01", "02", "03", "04", "05", "06"]
+    (data, *_) = executed
+    cells = [c for c in nbformat.read(data, as_version=4).cells if c.cell_type == "code"]
+    text = "".join(out.text for c in cells for out in c.outputs if out.output_type == "stream")
+    assert "esfrankel17/HelpSteer2_binarized:average_rating_split is used: 8,678 rows" in text
+    assert "source: hub" in text
+    assert not (done / ".cache").exists(), "the embedded model was taken instead"
+
+
+def test_the_stages_are_those_of_the_profile(done: Path):
+    for stage in ("reward_scalar", "reward_ordinal", "align_scalar", "align_ordinal"):
+        info = read_json(done / "runs/hub" / stage / "run.json")
+        assert info["status"] == "finished"
+        assert info["config"]["data.source"] == "hub"
+        assert info["config"]["model.name"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_the_memory_plan_comes_before_the_training(done: Path):
+    printed = (done / "printed").read_text()
+    plan, training = (printed.index(t) for t in ("[memory] plan for hub", "[reward_scalar] step"))
+    assert plan < training
