@@ -21,9 +21,19 @@ from typing import Any
 from utils.config import ConfigError
 from utils.distributed import processes
 from utils.environment import quiet
+from utils.hub import HubError
+from utils.memory import MemoryTooSmall
 from utils.pipeline import align_stage, reward_stage
 from utils.profiles import load_profile
+from utils.reinforce import TrainingStopped
+from utils.results import ResultsError
 from utils.rewards import KINDS
+from utils.sources import DataError
+from utils.weights import ModelError
+
+# Errors that speak to the user: a message is enough.
+EXPECTED = (ConfigError, DataError, HubError, MemoryTooSmall, ModelError, ResultsError)
+EXPECTED += (TrainingStopped,)
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -78,5 +88,7 @@ def _show(row: dict[str, Any], *_: Any) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ConfigError, KeyboardInterrupt) as error:
-        sys.exit(str(error) or "stopped; the same command goes on")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")
+    except EXPECTED as error:
+        sys.exit(f"{type(error).__name__}: {error}")
