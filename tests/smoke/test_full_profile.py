@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +11,12 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from tests.copied import copy_of_repository
 from tests.fake_hub import FakeHub
 from tests.hub_data import MARKED, pair, pairs, parquet
 from utils.config import ModelConfig
 from utils.profiles import PROFILES
 from utils.results import read_json
-from utils.run import REPO
 from utils.weights import weights_path
 
 pytestmark = pytest.mark.slow
@@ -41,14 +40,7 @@ def rows() -> list[dict]:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run all notebooks in a copy of the repository."""
-    copy = tmp_path_factory.mktemp("full") / "report"
-    copy.mkdir()
-    for name in COPIED:
-        if (REPO / name).is_dir():
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(REPO / name, copy / name, ignore=ignored)
-        else:
-            shutil.copy2(REPO / name, copy / name)
+    copy = copy_of_repository(tmp_path_factory.mktemp("full") / "report", COPIED)
     (copy / "hub.json").write_text(json.dumps(SHORTER))
     with FakeHub() as hub:
         hub.add_dataset(
@@ -56,7 +48,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"data/average_rating_split-00000-of-00001.parquet": parquet(rows())},
         )
         hub.add_model(PROFILES["full"].model.name, weights_path(ModelConfig(name="tiny-random")))
-        environment = {k: v for k, v in os.environ.items() if k not in ("REPORT_PROFILE",)}
+        environment = {k: v for k, v in os.environ.items() if k != "REPORT_PROFILE"}
         ended = subprocess.run(
             [sys.executable, "-m", "utils.run", "--profile", "hub.json"],
             cwd=copy,

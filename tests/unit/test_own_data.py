@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import nbformat
 import pandas as pd
 import pytest
 
+from tests.copied import copy_of_repository
 from utils.config import DataConfig
 from utils.data import PreferenceData, load_data
 from utils.run import REPO
@@ -54,15 +54,7 @@ def steps(kind: str) -> list[str]:
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Copy the repository, with a CSV as a spreadsheet saves it: a byte order mark and CRLF."""
-    target = tmp_path_factory.mktemp("own") / "report"
-    target.mkdir()
-    for name in COPIED:
-        if (REPO / name).is_dir():
-            shutil.copytree(
-                REPO / name, target / name, ignore=shutil.ignore_patterns("__pycache__")
-            )
-        else:
-            shutil.copy2(REPO / name, target / name)
+    target = copy_of_repository(tmp_path_factory.mktemp("own") / "report", COPIED)
     (target / "own").mkdir()
     with open(target / "own" / "ratings.csv", "w", encoding="utf-8-sig", newline="") as file:
         csv.writer(file).writerows([("prompt", "response", "rating"), *table()])
