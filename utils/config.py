@@ -67,16 +67,31 @@ class ModelConfig:
         _require(known, "model.quantization", self.quantization, "nf4, none")
 
 
+REWARD_CHOICES = {
+    "scalar_loss": ("bradley_terry", "scaled_bradley_terry", "plackett_luce"),
+    "ordinal_loss": ("pairwise", "ties_half", "anchored", "soft_classes"),
+    "encoding": ("chat", "plain", "end_is_pad", "doubled", "cut", "dropped"),
+    "trainer": ("groups", "pairs"),
+}
+
+
 @dataclass(frozen=True)
 class RewardConfig:
     """Training of a reward model; shared by the scalar and the ten-class head."""
 
+    scalar_loss: str = "bradley_terry"  # or "scaled_bradley_terry", "plackett_luce"
+    ordinal_loss: str = "pairwise"  # or "ties_half", "anchored", "soft_classes"
+    # How a dialogue becomes tokens: "chat" is right, the others are known mistakes; see
+    # utils/encodings.py.
+    encoding: str = "chat"
+    cut_length: int = 512  # tokens; for the encodings "cut" and "dropped"
+    trainer: str = "groups"  # "pairs": trl.RewardTrainer as it is, for comparison, scalar only
     epochs: float = 1.0
     learning_rate: float = 3e-4
     warmup_ratio: float = 0.1
     groups_per_step: int = 8  # a group: the responses to a prompt that were rated side by side
     micro_groups: int | None = 4  # groups per forward pass; None: what free memory allows
-    lora_r: int = 16
+    lora_r: int = 16  # 0: no adapters, the weights from first_layer up are trained in full
     lora_alpha: int = 32
     first_layer: int = 15  # adapters from this layer up; the layers below stay frozen
     margin_scale: float = 0.1  # logits per rating point of difference (Llama 2, eq. 2)
@@ -90,6 +105,9 @@ class RewardConfig:
         expected = "a divisor of reward.groups_per_step"
         _require(divides, "reward.micro_groups", self.micro_groups, expected)
         _require(self.save_steps > 0, "reward.save_steps", self.save_steps, "> 0")
+        for name, known in REWARD_CHOICES.items():
+            value = getattr(self, name)
+            _require(value in known, f"reward.{name}", value, ", ".join(known))
 
 
 BASELINES = ("none", "running_mean", "ema", "window", "batch_mean", "rloo")

@@ -1,10 +1,9 @@
-"""Rated responses: loading, the pairs that follow from them, tables and simple rules."""
+"""Rated responses: loading, the pairs that follow from them, and tables."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -32,7 +31,6 @@ from utils.sources import (
 # What is used of this module; some of it lives in utils.sources.
 __all__ = ["SPLITS", "DataError", "Group", "Pair", "PreferenceData", "Prompt", "Response"]
 __all__ += ["drop_long", "load_data", "pairs_frame", "require_splits", "responses_frame"]
-__all__ += ["rule_accuracy"]
 
 
 def load_data(config: DataConfig) -> PreferenceData:
@@ -168,33 +166,6 @@ def require_splits(data: PreferenceData, config: DataConfig, template_tokens: in
         raise DataError(
             f"no pairs in {' and '.join(tied)}: all responses to a prompt have the same rating"
         )
-
-
-def rule_accuracy(pairs: Iterable[Pair], rule: str) -> tuple[float, int]:
-    """Return how often a rule that reads no text picks the chosen response, and of how many pairs.
-
-    Args:
-        pairs: pairs to judge.
-        rule: "longer" (more characters), "cooler" (lower temperature; pairs without are skipped) or
-            "finished". A tie counts half.
-
-    Returns:
-        A share in 0..1 (NaN if no pair could be judged) and the number of pairs judged.
-
-    Raises:
-        DataError: if the rule is unknown.
-    """
-    scores: dict[str, Callable[[Response], float | None]] = {
-        "longer": lambda r: len(r.text),
-        "cooler": lambda r: None if r.temperature is None else -r.temperature,
-        "finished": lambda r: float(r.finished),
-    }
-    if rule not in scores:
-        raise DataError(f"unknown rule {rule!r}, expected one of {', '.join(scores)}")
-    judged = [(scores[rule](pair.chosen), scores[rule](pair.rejected)) for pair in pairs]
-    both = [(a, b) for a, b in judged if a is not None and b is not None]
-    wins = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in both)
-    return (wins / len(both) if both else math.nan), len(both)
 
 
 def _words(response: Response) -> int:

@@ -29,6 +29,58 @@ def bradley_terry_loss(
     return loss + center * (chosen + rejected).square().mean() if center else loss
 
 
+def scaled_bradley_terry_loss(
+    chosen: Tensor, rejected: Tensor, scale: Tensor, center: float = 0.0
+) -> Tensor:
+    """Mean of -scale * log sigmoid(chosen - rejected): a pair counts as much as its rating gap.
+
+    Wang et al. 2024 (HelpSteer2-Preference, arXiv 2410.01257, eq. 3). Where a margin asks for a
+    larger reward gap, the scale only weighs the pair.
+
+    Args:
+        chosen: rewards of the chosen responses, shape (pairs,).
+        rejected: rewards of the rejected responses, shape (pairs,).
+        scale: weight of each pair, shape (pairs,); only its proportions count.
+        center: as in `bradley_terry_loss`.
+
+    Returns:
+        A scalar.
+    """
+    loss = -(scale * F.logsigmoid(chosen - rejected)).sum() / scale.sum()
+    return loss + center * (chosen + rejected).square().mean() if center else loss
+
+
+def plackett_luce_loss(
+    rewards: Tensor, ratings: Tensor, group: Tensor, center: float = 0.0
+) -> Tensor:
+    """Mean of -log P(a response is the first choice among itself and all that are rated lower).
+
+    Plackett (1975) and Luce (1959) draw a ranking as a series of choices, each with probability
+    exp(r_i) / sum_j exp(r_j) over what is left. Where ratings tie nothing says which came first:
+    tied responses are compared with all below them, never with each other, so a tie adds no term
+    and no competitor. For two responses it is the Bradley-Terry loss.
+
+    Args:
+        rewards: shape (rows,).
+        ratings: shape (rows,).
+        group: which responses were rated side by side, integers, shape (rows,).
+        center: weight of the squared sum of the rewards of a choice, scaled to two responses: the
+            pull to zero of `bradley_terry_loss`.
+
+    Returns:
+        A scalar, the mean over all choices between at least two responses.
+    """
+    lower = (ratings[:, None] > ratings[None, :]) & (group[:, None] == group[None, :])
+    choices = lower.any(1)
+    offered = (lower | torch.eye(len(rewards), dtype=torch.bool, device=rewards.device))[choices]
+    among = torch.where(offered, rewards[None, :], -torch.inf).logsumexp(1)
+    loss = (among - rewards[choices]).mean()
+    if not center:
+        return loss
+    mean = torch.where(offered, rewards[None, :], 0.0).sum(1) / offered.sum(1)
+    return loss + center * (2 * mean).square().mean()
+
+
 def log_win_probability(chosen: Tensor, rejected: Tensor) -> Tensor:
     """Return log P(I > J) for independent ratings I ~ softmax(chosen), J ~ softmax(rejected).
 
@@ -55,6 +107,79 @@ def rating_pair_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     both follow the same p.
     """
     return -log_win_probability(chosen, rejected).mean()
+
+
+def ties_half_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Mean of -log [P(I > J) + P(I = J) / 2], a scalar: a tie is settled by a coin.
+
+    The best constant output is then any, at ln 2: one that has learned nothing is not paid for
+    spreading its mass out.
+    """
+    win, tie, _ = outcome_probabilities(chosen, rejected).unbind(-1)
+    return -(win + tie / 2).clamp_min(torch.finfo(win.dtype).tiny).log().mean()
+
+
+def anchored_loss(chosen: Tensor, rejected: Tensor, logits: Tensor, ratings: Tensor) -> Tensor:
+    """`rating_pair_loss` plus the cross-entropy of every response's distribution to its rating.
+
+    The pairs say which response is better; the ratings pin down what a "7" is.
+
+    Args:
+        chosen: logits of the chosen responses, shape (pairs, classes).
+        rejected: logits of the rejected responses, shape (pairs, classes).
+        logits: logits of all responses, shape (rows, classes).
+        ratings: their ratings, rounded to the nearest class, shape (rows,).
+
+    Returns:
+        A scalar.
+    """
+    given = ratings.round().long().clamp(1, logits.shape[-1]) - 1
+    return rating_pair_loss(chosen, rejected) + F.cross_entropy(logits.float(), given)
+
+
+def soft_targets(ratings: Tensor, chosen: bool, classes: int = CLASSES, sd: float = 1.0) -> Tensor:
+    """Turn ratings into class distributions, the rating read as a degree of usefulness.
+
+    A chosen response belongs in the upper half of the classes, a rejected one in the lower; how
+    high within its half, its rating says. The centre is (classes + 1)/2 + h for a chosen response
+    and 1 + h for a rejected one, h = (rating - 1)/2: a rejected response with the highest rating
+    lies in the middle, a chosen one with the highest rating at the top. Around the centre the
+    target is a normal density, normalised over the classes.
+
+    Args:
+        ratings: 1..classes, shape (rows,).
+        chosen: whether these are the chosen responses of their pairs.
+        classes: number of classes.
+        sd: of the smoothing, in classes.
+
+    Returns:
+        Shape (rows, classes); each row sums to one.
+    """
+    centre = (ratings.float() - 1) / 2 + ((classes + 1) / 2 if chosen else 1)
+    steps = torch.arange(1, classes + 1, device=ratings.device) - centre[:, None]
+    return (-steps.square() / (2 * sd**2)).softmax(-1)
+
+
+def soft_class_loss(
+    chosen: Tensor, rejected: Tensor, chosen_ratings: Tensor, rejected_ratings: Tensor
+) -> Tensor:
+    """Mean of KL(target || prediction) over both responses of every pair, a scalar.
+
+    Args:
+        chosen: logits of the chosen responses, shape (pairs, classes).
+        rejected: logits of the rejected responses, shape (pairs, classes).
+        chosen_ratings: shape (pairs,).
+        rejected_ratings: shape (pairs,).
+    """
+    classes = chosen.shape[-1]
+    target = torch.cat(
+        [
+            soft_targets(chosen_ratings, True, classes),
+            soft_targets(rejected_ratings, False, classes),
+        ]
+    )
+    log_p = F.log_softmax(torch.cat([chosen, rejected]).float(), dim=-1)
+    return F.kl_div(log_p, target, reduction="batchmean")
 
 
 def outcome_probabilities(first: Tensor, second: Tensor) -> Tensor:

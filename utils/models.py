@@ -68,28 +68,39 @@ def load_policy(config: ModelConfig, lora_r: int, lora_alpha: int, seed: int) ->
 
 def load_reward_base(
     config: ModelConfig, num_labels: int, lora_r: int, lora_alpha: int, first_layer: int, seed: int
-) -> PeftModel:
-    """Load the 4-bit body with a fresh fp32 head of `num_labels` outputs and LoRA adapters.
+) -> PreTrainedModel | PeftModel:
+    """Load the body with a fresh fp32 head of `num_labels` outputs and LoRA adapters.
 
     Args:
         config: which weights.
         num_labels: 1 for the scalar reward, 10 for the rating distribution.
-        lora_r: rank of the adapters.
+        lora_r: rank of the adapters; 0: none, the linear layers themselves are trained, in fp32.
         lora_alpha: the adapters' scale is lora_alpha / lora_r.
-        first_layer: layers below this one get no adapter, so no gradient is computed for them.
+        first_layer: layers below this one stay as they are, no gradient is computed for them.
         seed: of the head's and the adapters' first values.
 
     Raises:
-        ModelError: if the architecture does not suit, or has no layer `first_layer`.
+        ModelError: if the architecture does not suit, has no layer `first_layer`, or if weights in
+            4 bits were to be trained.
     """
     check_architecture(config, first_layer)
+    if not lora_r and config.quantization != "none":
+        raise ModelError(
+            "weights in 4 bits cannot be trained: with reward.lora_r = 0, set "
+            'model.quantization = "none"'
+        )
     set_seed(seed)
-    base = _load(AutoModelForSequenceClassification, config, num_labels=num_labels)
+    dtype = None if lora_r else torch.float32
+    base = _load(AutoModelForSequenceClassification, config, dtype, num_labels=num_labels)
     head = FloatHead(base.config.hidden_size, num_labels, bias=False)
     nn.init.normal_(head.weight, std=base.config.hidden_size**-0.5 / 10)
     base.score = head.to(base.device)
     base.config.pad_token_id = load_tokenizer(config).pad_token_id
-    return _adapt(base, lora_r, lora_alpha, "SEQ_CLS", first_layer, modules_to_save=["score"])
+    if lora_r:
+        return _adapt(base, lora_r, lora_alpha, "SEQ_CLS", first_layer, modules_to_save=["score"])
+    for name in [*linear_layers(base, first_layer), "score"]:
+        base.get_submodule(name).requires_grad_(True)
+    return base
 
 
 def memory_table(model: PeftModel, config: ModelConfig) -> dict[str, float]:
@@ -145,9 +156,11 @@ def expand_4bit(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _load(auto_class: Any, config: ModelConfig, **kwargs: Any) -> PreTrainedModel:
+def _load(
+    auto_class: Any, config: ModelConfig, dtype: torch.dtype | None = None, **kwargs: Any
+) -> PreTrainedModel:
     where = device()
-    dtype = compute_dtype(where)
+    dtype = dtype or compute_dtype(where)
     if config.quantization == "nf4":
         _check_kernels(where)
         kwargs["quantization_config"] = BitsAndBytesConfig(

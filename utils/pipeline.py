@@ -6,6 +6,7 @@ configuration that shaped it are the same; see `utils.results.prepare`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.architecture import check_model
 from utils.checkpoints import load_adapter
 from utils.config import Profile, flatten
-from utils.data import PreferenceData, Prompt, drop_long, load_data, require_splits
+from utils.data import Group, Pair, PreferenceData, Prompt, drop_long, load_data, require_splits
 from utils.distributed import processes
 from utils.evaluation import evaluate_policy, held_out_metrics
 from utils.memory_plan import describe, memory_plan, policy_micro_batch, reward_micro_groups
@@ -91,7 +92,6 @@ def reward_stage(kind: str, profile: Profile) -> tuple[RewardModel, Run]:
     `run.json` then holds `metrics`: the pair accuracies with their intervals and, for ten classes,
     the likelihood per pair. `samples.jsonl` holds every test response with its score.
     """
-    data = prepared_data(profile)
     config = stage_config(profile, REWARD_FIELDS, kind=kind)
     run, finished = open_stage(profile, f"reward_{kind}", config)
     if finished:
@@ -102,12 +102,20 @@ def reward_stage(kind: str, profile: Profile) -> tuple[RewardModel, Run]:
             f"`python -m utils.train reward {kind} --profile {profile.name}`, without a launcher"
         )
     print_plan(profile)
-    reward_model = train_reward_model(kind, profile, data.groups_of("train"), run)
-    print(f"[{run.directory.name}] scoring the test pairs", flush=True)
-    pairs = data.pairs("test")
+    data = prepared_data(profile)
+    groups, pairs = data.groups_of("train"), data.pairs("test")
+    return train_and_score(kind, profile, groups, pairs, run), run
+
+
+def train_and_score(
+    kind: str, profile: Profile, groups: Sequence[Group], pairs: Sequence[Pair], run: Run
+) -> RewardModel:
+    """Train a reward model on groups and score the responses of held-out pairs with it."""
+    reward_model = train_reward_model(kind, profile, groups, run)
+    print(f"[{run.directory.name}] scoring held-out pairs", flush=True)
     write_jsonl(run.directory / "samples.jsonl", scored_responses(reward_model, pairs))
     run.finish(metrics=pair_metrics(run, pairs, profile.evaluation.bootstrap_samples)[1])
-    return reward_model, run
+    return reward_model
 
 
 @cache

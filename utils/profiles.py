@@ -53,7 +53,7 @@ PROFILES: dict[str, Profile] = {
     ),
     "cpu": Profile(
         name="cpu",
-        reward=RewardConfig(epochs=2.0),
+        reward=RewardConfig(learning_rate=1e-3, micro_groups=8),
         evaluation=EvaluationConfig(samples_per_prompt=4),
     ),
     "full": Profile(

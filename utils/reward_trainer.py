@@ -10,14 +10,16 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from trl import RewardTrainer
 
 from utils.config import RewardConfig
 from utils.data import Group
-from utils.losses import bradley_terry_loss, pair_indices, rating_pair_loss
-from utils.rewards import KINDS, reward_from_logits
-from utils.weights import encode_dialogue, pad_right
+from utils.encodings import Encode, fits_training
+from utils.losses import pair_indices
+from utils.reward_losses import reward_loss
+from utils.rewards import reward_from_logits
+from utils.weights import pad_right
 
 ROWS_TOGETHER = 8  # responses of like length in one forward pass
 
@@ -57,9 +59,15 @@ class GroupRewardTrainer(RewardTrainer):
 
     loss_is_scaled_for_ga = True  # by `compute_loss`, which weighs a pass with its pairs
 
-    def __init__(self, *, reward: RewardConfig, kind: str, model: PeftModel, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        reward: RewardConfig,
+        outputs: int,
+        model: PreTrainedModel | PeftModel,
+        **kwargs: Any,
+    ) -> None:
         self.reward = reward
-        self.kind = kind
         # RewardTrainer insists on one label, only because its own compute_loss does.
         model.config.num_labels = 1
         # It also casts what is trained on 4-bit weights to bf16. An update of a few ten-thousandths
@@ -68,7 +76,7 @@ class GroupRewardTrainer(RewardTrainer):
         super().__init__(model=model, **kwargs)
         for parameter, data in exact.items():
             parameter.data = data
-        model.config.num_labels = KINDS[kind]
+        model.config.num_labels = outputs
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
         return dataset  # tokenised by `training_set`
@@ -85,28 +93,21 @@ class GroupRewardTrainer(RewardTrainer):
 
     def compute_loss(
         self,
-        model: PeftModel,
+        model: PreTrainedModel | PeftModel,
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: int | None = None,
     ) -> Tensor:
-        """Return the mean loss over all ordered pairs within the groups of the batch.
+        """Return the mean loss over all comparisons within the groups of the batch.
 
         With `num_items_in_batch`, the pairs of the whole step, it is this batch's share in the
-        mean over those: however a step is cut into batches, its gradient is the same.
+        mean over those: however a step is cut into batches, the gradient of a pairwise loss is the
+        same.
         """
         logits = self._logits(model, inputs["input_ids"], inputs["lengths"])
         ratings = inputs["ratings"]
         chosen, rejected = pair_indices(ratings, inputs["group"])
-        if self.kind == "scalar":
-            loss = bradley_terry_loss(
-                logits[chosen, 0],
-                logits[rejected, 0],
-                self.reward.margin_scale * (ratings[chosen] - ratings[rejected]),
-                self.reward.center_rewards_coefficient,
-            )
-        else:
-            loss = rating_pair_loss(logits[chosen], logits[rejected])
+        loss = reward_loss(logits, ratings, inputs["group"], self.reward)
         if num_items_in_batch is not None:
             loss = loss * (len(chosen) / num_items_in_batch)
         reward = reward_from_logits(logits.detach())
@@ -118,7 +119,7 @@ class GroupRewardTrainer(RewardTrainer):
         return (loss, logits) if return_outputs else loss
 
     @staticmethod
-    def _logits(model: PeftModel, input_ids: Tensor, lengths: Tensor) -> Tensor:
+    def _logits(model: PreTrainedModel | PeftModel, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Read the rows a few at a time, each few cut to its longest: a fifth less padding."""
         parts = []
         for rows in torch.arange(len(lengths)).split(ROWS_TOGETHER):
@@ -127,16 +128,25 @@ class GroupRewardTrainer(RewardTrainer):
         return torch.cat(parts)
 
 
-def training_set(groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Tokenise groups for `GroupRewardTrainer`; groups in which all ratings tie are left out."""
+def training_set(groups: Sequence[Group], encode: Encode, reward: RewardConfig) -> Dataset:
+    """Tokenise groups for `GroupRewardTrainer`; those in which all ratings tie are left out."""
     rows = []
     for group in groups:
-        ratings = [response.rating for response in group.responses]
-        if len(set(ratings)) == 1:
+        encoded = [(encode(group.prompt, r.text, r.finished), r.rating) for r in group.responses]
+        kept = [(ids, rating) for ids, rating in encoded if fits_training(ids, reward)]
+        if len({rating for _, rating in kept}) < 2:
             continue
-        ids = [
-            encode_dialogue(tokenizer, group.prompt, response.text, response.finished)
-            for response in group.responses
-        ]
+        ids, ratings = zip(*kept, strict=True)
         rows.append({"ids": ids, "ratings": ratings})
+    return Dataset.from_list(rows)
+
+
+def pair_set(groups: Dataset, margin_scale: float) -> Dataset:
+    """Turn the rows of `training_set` into a row per pair, as `trl.RewardTrainer` reads them."""
+    rows = []
+    for ids, ratings in zip(groups["ids"], groups["ratings"], strict=True):
+        chosen, rejected = pair_indices(torch.tensor(ratings), torch.zeros(len(ratings)))
+        for c, r in zip(chosen.tolist(), rejected.tolist(), strict=True):
+            margin = margin_scale * (ratings[c] - ratings[r])
+            rows.append({"chosen_ids": ids[c], "rejected_ids": ids[r], "margin": margin})
     return Dataset.from_list(rows)

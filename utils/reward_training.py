@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import RewardConfig as TrlRewardConfig
+from trl import RewardTrainer
 
 from utils.config import Profile, RewardConfig
 from utils.data import Group
@@ -21,8 +23,8 @@ from utils.memory import BatchSize
 from utils.memory_plan import largest_divisor, reward_micro_groups
 from utils.models import compute_dtype, device
 from utils.results import Run, read_json
-from utils.reward_trainer import GroupCollator, GroupRewardTrainer, training_set
-from utils.rewards import RewardModel
+from utils.reward_trainer import GroupCollator, GroupRewardTrainer, pair_set, training_set
+from utils.rewards import KINDS, RewardModel
 
 
 class _Progress(TrainerCallback):
@@ -40,6 +42,8 @@ class _Progress(TrainerCallback):
                 f"the loss of step {state.global_step} is {logs['loss']}; lower "
                 "reward.learning_rate. The last good checkpoint is kept."
             )
+        # trl's own trainer calls the reward gap "margin".
+        logs = {"reward_gap": logs.get("margin"), **logs}
         names = ("loss", "learning_rate", "grad_norm", "accuracy", "reward_gap")
         now, self.last = self.last, time.time()
         self.run.log(
@@ -83,20 +87,17 @@ def _train(
     reward = profile.reward
     micro_groups = largest_divisor(reward.groups_per_step, size)
     reward_model = RewardModel.fresh(kind, profile)
-    dataset = training_set(groups, reward_model.tokenizer)
+    dataset = training_set(groups, reward_model.encode, reward)
     steps = math.ceil(reward.epochs * math.ceil(len(dataset) / reward.groups_per_step))
-    trainer = GroupRewardTrainer(
-        reward=reward,
-        kind=kind,
-        model=reward_model.model,
-        args=_trainer_arguments(
+    trainer = _trainer(
+        reward_model,
+        reward,
+        dataset,
+        _trainer_arguments(
             reward, micro_groups, profile.seed, run.directory / "checkpoints", steps
         ),
-        train_dataset=dataset,
-        processing_class=reward_model.tokenizer,
-        data_collator=GroupCollator(reward_model.tokenizer.pad_token_id),
-        callbacks=[_Progress(run, steps)],
     )
+    trainer.add_callback(_Progress(run, steps))
     trainer.remove_callback(PrinterCallback)  # `_Progress` prints instead
     checkpoint = _last_good_checkpoint(run.directory / "checkpoints")
     run.rewind(int(checkpoint.rpartition("-")[2]) if checkpoint else 0)
@@ -104,16 +105,38 @@ def _train(
     # The trainer has wrapped the model in autocast; a reward must not depend on whether the model
     # that gives it was trained or loaded by this process.
     trainer.accelerator.unwrap_model(reward_model.model, keep_fp32_wrapper=False)
+    if not reward.lora_r:  # trained in fp32, kept in the dtype in which it will be read
+        reward_model.model.to(compute_dtype(device()))
+        reward_model.model.score.float()
     reward_model.model.eval()
     reward_model.save(run.directory)
     return reward_model
+
+
+def _trainer(
+    reward_model: RewardModel, reward: RewardConfig, dataset: Dataset, args: TrlRewardConfig
+) -> RewardTrainer:
+    """Return the trainer of groups, or trl's own of pairs with as many pairs in a step."""
+    model, tokenizer = reward_model.model, reward_model.tokenizer
+    shared = {"model": model, "args": args, "processing_class": tokenizer}
+    if reward.trainer == "groups":
+        collator = GroupCollator(tokenizer.pad_token_id)
+        outputs = KINDS[reward_model.kind]
+        return GroupRewardTrainer(
+            reward=reward, outputs=outputs, train_dataset=dataset, data_collator=collator, **shared
+        )
+    pairs = pair_set(dataset, reward.margin_scale)
+    args.per_device_train_batch_size *= round(len(pairs) / len(dataset))
+    args.center_rewards_coefficient = reward.center_rewards_coefficient
+    return RewardTrainer(train_dataset=pairs, **shared)
 
 
 def _trainer_arguments(
     reward: RewardConfig, micro_groups: int, seed: int, directory: Path, steps: int
 ) -> TrlRewardConfig:
     where = device()
-    dtype = compute_dtype(where) if where.type == "cuda" else None
+    # Merged adapters on a CPU are in the model's dtype already; all else needs autocast.
+    dtype = compute_dtype(where) if where.type == "cuda" or not reward.lora_r else None
     return TrlRewardConfig(
         output_dir=str(directory),
         seed=seed,
@@ -125,8 +148,7 @@ def _trainer_arguments(
         gradient_accumulation_steps=reward.groups_per_step // micro_groups,
         max_grad_norm=reward.max_grad_norm,
         max_length=None,
-        # The model runs in its own dtype; autocast is for the plain peft layers on CUDA, and in
-        # fp16 comes with a scaled loss.
+        # In fp16 autocast comes with a scaled loss.
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=where.type == "cpu",
@@ -146,7 +168,8 @@ def _last_good_checkpoint(directory: Path) -> str | None:
     """Return the newest complete checkpoint; one that a kill cut short is removed."""
     while directory.exists() and (last := get_last_checkpoint(directory)):
         try:
-            load_file(Path(last) / "adapter_model.safetensors")
+            (weights,) = Path(last).glob("*model.safetensors")  # of an adapter, or of all weights
+            load_file(weights)
             names = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
             names += [path.name for path in Path(last).glob("scaler.pt")]  # in fp16 only
             for name in names:

@@ -1,0 +1,135 @@
+"""The arms of the reward-model study: what is trained, and training it.
+
+    python -m utils.study                    # all arms and seeds that are not there yet
+    python -m utils.study margin pairwise:1  # an arm with all its seeds, one seed of another
+
+A finished arm lands in runs/cpu/rm_<arm>_s<seed>; one that was stopped goes on from its last
+checkpoint. `make publish PROFILE=cpu` copies what is there into results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from utils.config import Profile
+from utils.environment import quiet
+from utils.pipeline import REWARD_FIELDS, open_stage, prepared_data, stage_config, train_and_score
+from utils.profiles import load_profile
+from utils.results import Run
+
+HEADLINE_SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A configuration of the study.
+
+    Attributes:
+        kind: "scalar" or "ordinal".
+        label: how tables and figures name it.
+        changes: fields in which it differs from the profile `cpu`.
+        seeds: with which it is trained.
+    """
+
+    kind: str
+    label: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    seeds: Sequence[int] = (0,)
+
+
+def _mistake(label: str, encoding: str, **changes: Any) -> Arm:
+    return Arm("scalar", label, {"reward.encoding": encoding, **changes})
+
+
+SHORT = {"reward.cut_length": 128}
+BITS16 = {"model.quantization": "none"}
+ARMS: dict[str, Arm] = {
+    "margin": Arm("scalar", "Bradley-Terry with margin", seeds=HEADLINE_SEEDS),
+    "pairwise": Arm("ordinal", "ten classes, pairwise", seeds=HEADLINE_SEEDS),
+    "anchored": Arm(
+        "ordinal",
+        "ten classes, anchored on ratings",
+        {"reward.ordinal_loss": "anchored"},
+        HEADLINE_SEEDS,
+    ),
+    "plackett_luce": Arm(
+        "scalar", "Plackett-Luce", {"reward.scalar_loss": "plackett_luce"}, HEADLINE_SEEDS
+    ),
+    "plackett_luce_all": Arm(
+        "scalar",
+        "Plackett-Luce, all layers",
+        {"reward.scalar_loss": "plackett_luce", "reward.first_layer": 0},
+    ),
+    "pairwise_all": Arm("ordinal", "ten classes, all layers", {"reward.first_layer": 0}),
+    "bt": Arm("scalar", "Bradley-Terry", {"reward.margin_scale": 0.0}),
+    "scaled": Arm(
+        "scalar", "Bradley-Terry, scaled", {"reward.scalar_loss": "scaled_bradley_terry"}
+    ),
+    "ties_half": Arm("ordinal", "ten classes, ties half", {"reward.ordinal_loss": "ties_half"}),
+    "soft": Arm("ordinal", "ten classes, soft targets", {"reward.ordinal_loss": "soft_classes"}),
+    "bits16": Arm("scalar", "with margin, LoRA on 16 bits", BITS16),
+    "pairwise_bits16": Arm("ordinal", "ten classes, LoRA on 16 bits", BITS16),
+    "full_tuning": Arm(
+        "scalar",
+        "with margin, all weights, 16 bits",
+        {**BITS16, "reward.lora_r": 0, "reward.learning_rate": 3e-5, "reward.save_steps": 1000},
+    ),
+    "trl": Arm("scalar", "with margin, trl.RewardTrainer", {"reward.trainer": "pairs"}),
+    **{
+        f"{name}_{share}": Arm(kind, f"{label}, {share}% of prompts", {"data.train_prompts": n})
+        for name, kind, label in (
+            ("margin", "scalar", "with margin"),
+            ("pairwise", "ordinal", "ten classes"),
+        )
+        for share, n in ((10, 46), (25, 115), (50, 230))
+    },
+    "no_template": _mistake("no chat template", "plain"),
+    "end_is_pad": _mistake("pad token = end token", "end_is_pad"),
+    "doubled": _mistake("prompt doubled", "doubled"),
+    "cut": _mistake("cut at 128 tokens", "cut", **SHORT),
+    "dropped": _mistake("over 128 tokens dropped", "dropped", **SHORT),
+}
+
+
+def arm_profile(name: str, seed: int) -> Profile:
+    """Return the profile of an arm; an unknown name is a KeyError."""
+    return load_profile("cpu", dict(ARMS[name].changes), seed)
+
+
+def study_stage(name: str, seed: int) -> Run:
+    """Train an arm with one seed and score the test pairs, or find it done."""
+    profile = arm_profile(name, seed)
+    config = stage_config(profile, REWARD_FIELDS, kind=ARMS[name].kind)
+    run, finished = open_stage(profile, f"rm_{name}_s{seed}", config)
+    if not finished:
+        data = prepared_data(profile)
+        groups, pairs = data.groups_of("train"), data.pairs("test")
+        train_and_score(ARMS[name].kind, profile, groups, pairs, run)
+    return run
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m utils.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("arms", nargs="*", metavar="ARM[:SEED]", help="default: all")
+    wanted = parser.parse_args(arguments).arms or list(ARMS)
+    if unknown := [entry for entry in wanted if entry.partition(":")[0] not in ARMS]:
+        parser.error(f"unknown: {', '.join(unknown)}; there are: {', '.join(ARMS)}")
+    quiet()
+    for entry in wanted:
+        name, _, seed = entry.partition(":")
+        for one in [int(seed)] if seed else ARMS[name].seeds:
+            run = study_stage(name, one)
+            accuracy = run.info["metrics"]["accuracy"]["value"]
+            print(f"[{run.directory.name}] accuracy on the test pairs {accuracy:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
