@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed-$(shell cksum < $(LOCK) | tr -s ' \t' '-')
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help run publish address test clean
+.PHONY: help run publish study address test clean
 
 help: ## list the targets (default)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -32,6 +32,11 @@ run: $(STAMP) ## execute the notebooks in order into runs/PROFILE/
 publish: $(STAMP) ## copy what runs/PROFILE/ holds into results/, notebooks/ and the README
 	@$(BIN) -m utils.run --profile $(PROFILE) --publish
 	@$(BIN) -m utils.summary
+
+study: $(STAMP) ## train what is missing of the reward-model study (hours), publish it to results/
+	@$(BIN) -m utils.study
+	@$(BIN) -m utils.judge
+	@$(BIN) -m utils.published
 
 address: ## URL=https://github.com/me/fork: write another address into badges and notebooks
 	@$(PYTHON) -c '$(NEW_ENOUGH)' || \

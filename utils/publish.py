@@ -22,7 +22,7 @@ from nbformat import NotebookNode
 PATTERN = "[0-9][0-9]_*.ipynb"
 # They change no number in an output.
 UNHASHED = ("address.py", "colab.py", "kernel.py", "run.py", "publish.py", "summary.py")
-UNHASHED += ("train.py", "widgets.py")
+UNHASHED += ("train.py", "widgets.py", "front_page.py")
 
 
 class RunError(Exception):
@@ -92,7 +92,7 @@ def publish(profile: str, root: Path) -> None:
         if "@" in record.parent.name:  # set aside: made with another configuration
             continue
         if read_record(record).get("status") == "finished":
-            _copy_run(record.parent, results / f"{profile}-{record.parent.name}")
+            copy_run(record.parent, results / f"{profile}-{record.parent.name}")
         else:
             print(f"left out {record.parent.name}: not finished")
     copies = [(path, results / path.parent.name / path.name) for path in source.glob("figures/*")]
@@ -178,7 +178,7 @@ def _scrub(value: Any, root: Path) -> Any:
     return re.sub(r"/[\w./+-]*ipykernel_\d+/\d+\.py", "<cell>", value)
 
 
-def _copy_run(source: Path, target: Path) -> None:
+def copy_run(source: Path, target: Path) -> None:
     """Replace a published run by the small files of a finished one."""
     fresh, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
     for leftover in (fresh, old):

@@ -69,7 +69,8 @@ def pair_metrics(
 
     Returns:
         A frame with a row per pair (`correct` is 1, 0, or .5 for a tie; `log_p` is
-        log P(chosen beats rejected)), and the metrics: `accuracy` over all pairs,
+        log P(chosen beats rejected), a tie being no win; `p` is that probability given that the
+        two do not tie), and the metrics: `accuracy` over all pairs,
         `accuracy_model_pairs` over those between two samples of the model, and `nll`, the mean of
         `-log_p` over all; each as `clustered_interval` gives it.
     """
@@ -84,9 +85,8 @@ def pair_metrics(
     frame["between_samples"] = [pair.between_samples for pair in pairs]
     for name, side in {"chosen": better, "rejected": worse}.items():
         frame[name], frame[f"{name}_reward"] = side["response"], side["reward"]
-    frame["log_p"] = _log_preference(
-        torch.tensor(better["logits"].tolist()), torch.tensor(worse["logits"].tolist())
-    ).numpy()
+    logits = (torch.tensor(side["logits"].tolist()) for side in (better, worse))
+    frame["log_p"], frame["p"] = (values.numpy() for values in _preference(*logits))
     frame["correct"] = (np.sign(frame["chosen_reward"] - frame["rejected_reward"]) + 1) / 2
 
     def interval(values: pd.Series) -> dict[str, float]:
@@ -99,7 +99,10 @@ def pair_metrics(
     return frame, metrics
 
 
-def _log_preference(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+def _preference(chosen: torch.Tensor, rejected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log P(chosen beats rejected) and that probability given that there is no tie."""
     if chosen.shape[1] == CLASSES:
-        return log_win_probability(chosen, rejected)
-    return F.logsigmoid(chosen - rejected)[:, 0]
+        log_win = log_win_probability(chosen, rejected)
+        return log_win, torch.sigmoid(log_win - log_win_probability(rejected, chosen))
+    gap = (chosen - rejected)[:, 0]
+    return F.logsigmoid(gap), torch.sigmoid(gap)

@@ -28,7 +28,7 @@ SHORTER = {
     **{"reinforce.max_completion_length": 8, "evaluation.bootstrap_samples": 200},
     **{"evaluation.batch_size": 4, "evaluation.sft_temperatures": [0.5]},
 }
-COPIED = ("pyproject.toml", "notebooks", "utils")
+COPIED = ("pyproject.toml", "notebooks", "results", "utils")
 
 
 def rows() -> list[dict]:

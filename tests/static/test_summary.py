@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from utils import summary
+from utils import front_page, published, summary
 from utils.memory_plan import plan_table
 from utils.profiles import PROFILES
 from utils.results import ROOT, read_json
@@ -17,8 +17,8 @@ def test_summary_is_what_the_published_runs_give():
 
 def test_readme_shows_the_published_numbers():
     text = (ROOT / "README.md").read_text()
-    parts = summary.render(read_json(summary.RESULTS / "summary.json"))
-    assert text == summary.fill(text, parts), "run `python -m utils.summary`"
+    parts = front_page.render()
+    assert text == front_page.fill(text, parts), "run `python -m utils.summary`"
 
 
 def test_the_memory_plan_is_that_of_the_code():
@@ -27,15 +27,20 @@ def test_the_memory_plan_is_that_of_the_code():
     pd.testing.assert_frame_equal(plans, expected, rtol=1e-3, check_dtype=False)
 
 
+def test_the_summary_speaks_of_the_published_models():
+    assert summary.CHOSEN == published.CHOSEN
+
+
 def test_every_headline_number_lies_in_its_interval():
     for name, entry in read_json(summary.RESULTS / "summary.json").items():
-        if entry["low"] is not None:
+        # Resampling adds the calibration error's bias once more: its interval may lie above it.
+        if entry["low"] is not None and not name.endswith(".ece"):
             assert entry["low"] <= entry["value"] <= entry["high"], name
 
 
 def test_fill_replaces_only_between_the_markers():
     text = "a\n<!-- x -->\nold\n<!-- /x -->\nb"
-    assert summary.fill(text, {"x": "new"}) == "a\n<!-- x -->\nnew\n<!-- /x -->\nb"
-    assert summary.fill("<!-- x -->\n\n<!-- /x -->", {"x": "n"}) == "<!-- x -->\nn\n<!-- /x -->"
+    assert front_page.fill(text, {"x": "new"}) == "a\n<!-- x -->\nnew\n<!-- /x -->\nb"
+    assert front_page.fill("<!-- x -->\n\n<!-- /x -->", {"x": "n"}) == "<!-- x -->\nn\n<!-- /x -->"
     with pytest.raises(ValueError, match="'y'"):
-        summary.fill(text, {"y": "new"})
+        front_page.fill(text, {"y": "new"})

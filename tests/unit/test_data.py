@@ -23,7 +23,6 @@ from utils.data import (
     load_data,
     pairs_frame,
     responses_frame,
-    rule_accuracy,
 )
 from utils.pipeline import prepared_data
 from utils.profiles import load_profile
@@ -101,26 +100,6 @@ def test_embedded_pairs(embedded, split, total, between):
     assert sum(pair.between_samples for pair in pairs) == between
     assert all(pair.rating_gap > 0 for pair in pairs)
     assert all(pair.prompt_id == pair.group.prompt_id for pair in pairs)
-
-
-@pytest.mark.parametrize(
-    ("rule", "samples_only", "share"),
-    [
-        ("longer", True, 0.514),
-        ("finished", True, 0.525),
-        ("cooler", True, 0.782),
-        ("longer", False, 0.406),
-    ],
-)
-def test_embedded_rules(embedded, rule, samples_only, share):
-    pairs = [p for p in embedded.pairs("test") if p.between_samples or not samples_only]
-    accuracy, count = rule_accuracy(pairs, rule)
-    assert accuracy == pytest.approx(share, abs=5e-4)
-    assert count == len(pairs)
-
-
-def test_cooler_skips_pairs_with_a_reference(embedded):
-    assert rule_accuracy(embedded.pairs("test"), "cooler")[1] == 949
 
 
 def test_no_prompt_text_in_two_splits(embedded):
@@ -448,7 +427,7 @@ def test_fingerprint(embedded, tmp_path):
     assert smaller.fingerprint != embedded.fingerprint
 
 
-# Length and rules
+# Length
 
 
 def encode_words(messages, response):
@@ -551,19 +530,13 @@ def test_a_split_that_is_not_there(tmp_path):
     assert len(prepare(source="file", path=path, test_prompts=0).groups) == 3
 
 
-def test_rules_by_hand():
+def test_pairs_between_samples():
     group = Group("p", "test", None, tuple(turns()[:1]), ())
-    long_hot = Response("one two three", 5.0, finished=False, source="m", temperature=1.0)
-    short_cool = Response("one", 2.0, finished=True, source="m", temperature=0.2)
-    reference = Response("one", 9.0, source="reference")
-    pairs = [Pair(group, long_hot, short_cool), Pair(group, reference, short_cool)]
-    assert rule_accuracy(pairs, "longer") == (0.75, 2)  # a win and a tie
-    assert rule_accuracy(pairs, "cooler") == (0.0, 1)
-    assert rule_accuracy(pairs, "finished") == (0.25, 2)
-    assert [pair.between_samples for pair in pairs] == [True, False]
-    assert math.isnan(rule_accuracy([], "longer")[0])
-    with pytest.raises(DataError, match="longer, cooler, finished"):
-        rule_accuracy(pairs, "shortest")
+    sampled = Response("one two three", 5.0, source="m"), Response("one", 2.0, source="m")
+    reference, unknown = Response("one", 9.0, source="reference"), Response("two", 9.5)
+    pairs = [Pair(group, *sampled), Pair(group, reference, sampled[0])]
+    pairs.append(Pair(group, unknown, sampled[0]))
+    assert [pair.between_samples for pair in pairs] == [True, False, False]
 
 
 def test_unknown_split(embedded):

@@ -20,7 +20,8 @@ from utils.data import PreferenceData, load_data
 from utils.run import REPO
 
 pytestmark = pytest.mark.slow
-COPIED = ("README.md", "Makefile", "pyproject.toml", "requirements-lock.txt", "notebooks", "utils")
+COPIED = ("README.md", "Makefile", "pyproject.toml", "requirements-lock.txt")
+COPIED += ("notebooks", "results", "utils")
 PROMPTS = 40
 TEXTS = (
     'Say "no", then\nsay why, in\r\ntwo lines; commas, too',

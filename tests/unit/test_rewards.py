@@ -7,7 +7,6 @@ import weakref
 import pandas as pd
 import pytest
 import torch
-from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl import RewardConfig as TrlRewardConfig
@@ -16,13 +15,14 @@ from trl import RewardTrainer
 from utils import models, reward_trainer, reward_training, rewards
 from utils.config import RewardConfig
 from utils.data import Group, Response
+from utils.encodings import encoder
 from utils.losses import expected_rating
 from utils.profiles import PROFILES
 from utils.results import Run
-from utils.reward_trainer import GroupCollator, GroupRewardTrainer, training_set
+from utils.reward_trainer import GroupCollator, GroupRewardTrainer, pair_set, training_set
 from utils.reward_training import train_reward_model
 from utils.rewards import RewardModel, reward_from_logits
-from utils.weights import ModelError, encode_dialogue
+from utils.weights import ModelError
 
 PROMPT = ({"role": "user", "content": "Name a colour."},)
 REWARD = RewardConfig(
@@ -177,27 +177,23 @@ def test_groups_of_two_equal_trls_pairs(pinned, tmp_path):
     tokenizer, model = reward_model.tokenizer, reward_model.model
     ours = GroupRewardTrainer(
         reward=REWARD,
-        kind="scalar",
+        outputs=1,
         model=model,
         args=trainer_arguments(tmp_path),
-        train_dataset=(dataset := training_set(PAIRS, tokenizer)),
+        train_dataset=(dataset := training_set(PAIRS, encoder(tokenizer, REWARD), REWARD)),
         processing_class=tokenizer,
         data_collator=GroupCollator(tokenizer.pad_token_id),
     )
-    pairs = []
-    for pair in PAIRS:
-        chosen, rejected = sorted(pair.responses, key=lambda r: -r.rating)
-        ids = [encode_dialogue(tokenizer, PROMPT, r.text, r.finished) for r in (chosen, rejected)]
-        margin = REWARD.margin_scale * (chosen.rating - rejected.rating)
-        pairs.append({"chosen_ids": ids[0], "rejected_ids": ids[1], "margin": margin})
+    pairs = pair_set(dataset, REWARD.margin_scale)
+    assert sorted(pairs["margin"]) == pytest.approx([0.1, 0.6, 0.7])
     stock = RewardTrainer(
         model=model,
         args=trainer_arguments(tmp_path),
-        train_dataset=Dataset.from_list(pairs),
+        train_dataset=pairs,
         processing_class=tokenizer,
     )
     results = []
-    for trainer, batch in ((ours, list(dataset)), (stock, pairs)):
+    for trainer, batch in ((ours, list(dataset)), (stock, list(pairs))):
         loss = trainer.compute_loss(model.train(), trainer.data_collator(batch))
         gradients = torch.autograd.grad(loss, list(trainable(model).values()))
         accuracy = trainer._metrics["train"]["accuracy"]
@@ -209,10 +205,10 @@ def test_groups_of_two_equal_trls_pairs(pinned, tmp_path):
 @pytest.mark.parametrize(("kind", "labels"), [("scalar", 1), ("ordinal", 10)])
 def test_the_trainer_accepts_one_and_ten_labels(pinned, tmp_path, kind, labels):
     reward_model = stirred(kind)
-    dataset = training_set(GROUPS[:2], reward_model.tokenizer)
+    dataset = training_set(GROUPS[:2], encoder(reward_model.tokenizer, REWARD), REWARD)
     trainer = GroupRewardTrainer(
         reward=REWARD,
-        kind=kind,
+        outputs=labels,
         model=reward_model.model,
         args=trainer_arguments(tmp_path),
         train_dataset=dataset,
@@ -229,7 +225,7 @@ def test_the_trainer_accepts_one_and_ten_labels(pinned, tmp_path, kind, labels):
 def test_training_reads_what_scoring_reads(pinned):
     """The two ways to the same text give the same reward."""
     reward_model = stirred("ordinal")
-    dataset = training_set(PAIRS, reward_model.tokenizer)
+    dataset = training_set(PAIRS, encoder(reward_model.tokenizer, REWARD), REWARD)
     batch = GroupCollator(reward_model.tokenizer.pad_token_id)(list(dataset))
     with torch.no_grad():
         trained = reward_model.model.eval()(input_ids=batch["input_ids"]).logits
@@ -245,7 +241,7 @@ def test_training_reads_what_scoring_reads(pinned):
 def test_a_batch_read_a_few_rows_at_a_time_gives_the_same_logits(pinned, monkeypatch):
     """Cutting each few rows to their longest must lose no token."""
     reward_model = stirred("ordinal")
-    dataset = training_set(PAIRS, reward_model.tokenizer)
+    dataset = training_set(PAIRS, encoder(reward_model.tokenizer, REWARD), REWARD)
     batch = GroupCollator(reward_model.tokenizer.pad_token_id)(list(dataset))
     model = reward_model.model.eval()
     with torch.no_grad():
@@ -257,7 +253,7 @@ def test_a_batch_read_a_few_rows_at_a_time_gives_the_same_logits(pinned, monkeyp
 
 
 def test_the_collator_keeps_each_text_with_its_rating_and_group(tokenizer):
-    dataset = list(training_set(GROUPS[:3], tokenizer))
+    dataset = list(training_set(GROUPS[:3], encoder(tokenizer, REWARD), REWARD))
     batch = GroupCollator(tokenizer.pad_token_id)(dataset)
     expected = {
         (tuple(ids), rating, number)
@@ -274,8 +270,11 @@ def test_the_collator_keeps_each_text_with_its_rating_and_group(tokenizer):
     assert batch["lengths"].tolist() == sorted(batch["lengths"].tolist())
 
 
+TIED = [group(0, [5.0, 5.0]), group(1, [5.0, 5.0, 6.0])]
+
+
 def test_groups_in_which_all_ratings_tie_are_left_out(tokenizer):
-    dataset = training_set([group(0, [5.0, 5.0]), group(1, [5.0, 5.0, 6.0])], tokenizer)
+    dataset = training_set(TIED, encoder(tokenizer, REWARD), REWARD)
     assert len(dataset) == 1
     batch = GroupCollator(tokenizer.pad_token_id)(list(dataset))
     assert sorted(batch["ratings"].tolist()) == [5.0, 5.0, 6.0]
@@ -294,10 +293,10 @@ def test_what_is_trained_stays_in_fp32(tmp_path):
     before = {name: p.clone() for name, p in trainable(model).items()}
     GroupRewardTrainer(
         reward=REWARD,
-        kind="scalar",
+        outputs=1,
         model=model,
         args=trainer_arguments(tmp_path),
-        train_dataset=training_set(PAIRS, tokenizer),
+        train_dataset=training_set(PAIRS, encoder(tokenizer, REWARD), REWARD),
         processing_class=tokenizer,
         data_collator=GroupCollator(tokenizer.pad_token_id),
     )
@@ -524,13 +523,13 @@ def test_no_checkpoint_at_all(tmp_path):
 
 @pytest.mark.parametrize(("bad", "step"), [(float("inf"), 1), (float("nan"), 3)])
 def test_a_loss_that_is_not_finite_stops_the_run(run, monkeypatch, bad, step):
-    loss, calls = reward_trainer.bradley_terry_loss, []
+    loss, calls = reward_trainer.reward_loss, []
 
     def spoiled(*args):
         calls.append(1)  # two micro batches a step
         return loss(*args) * (bad if len(calls) > 2 * (step - 1) else 1.0)
 
-    monkeypatch.setattr(reward_trainer, "bradley_terry_loss", spoiled)
+    monkeypatch.setattr(reward_trainer, "reward_loss", spoiled)
     with pytest.raises(FloatingPointError, match=rf"loss of step {step} .*learning_rate"):
         train_reward_model("scalar", PROFILE, GROUPS, run)
     last = reward_training._last_good_checkpoint(run.directory / "checkpoints")

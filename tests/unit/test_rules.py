@@ -1,0 +1,343 @@
+"""The rules to beat: each by hand, the learnt one on planted words, and what the table holds."""
+
+import math
+import random
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from utils import rules
+from utils.config import DataConfig
+from utils.data import DataError, Group, Pair, PreferenceData, Response, load_data
+from utils.evaluation import clustered_interval
+from utils.rules import (
+    RULES,
+    STRENGTHS,
+    TEXT_RULES,
+    BagOfWords,
+    bag_of_words,
+    rule_accuracy,
+    rule_correct,
+    rules_table,
+)
+
+FILLER = [f"word{i}" for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return load_data(DataConfig())
+
+
+def group(name, *responses, split="test"):
+    turns = ({"role": "user", "content": f"Prompt {name}?"},)
+    return Group(name, split, None, turns, responses)
+
+
+def sample(text, rating, temperature=0.7, finished=True):
+    return Response(text, rating, finished=finished, source="m", temperature=temperature)
+
+
+def reference(text, rating):
+    return Response(text, rating, source="reference")
+
+
+def texts_pair(chosen, rejected, name="p"):
+    both = sample(chosen, 8.0), sample(rejected, 2.0)
+    return Pair(group(name, *both), *both)
+
+
+def planted(n, seed, better="good", worse="bad"):
+    """Pairs of random words; `better` is in each chosen response, `worse` in each rejected one."""
+    draw = random.Random(seed)
+    pairs = []
+    for i in range(n):
+        sides = [[*draw.choices(FILLER, k=6), word] for word in (better, worse)]
+        for words in sides:
+            draw.shuffle(words)
+        pairs.append(texts_pair(*(" ".join(words) for words in sides), name=f"p{i}"))
+    return pairs
+
+
+@pytest.fixture(scope="module")
+def bag():
+    return bag_of_words(planted(60, 0), planted(30, 1))
+
+
+# Rules that are computed
+
+
+def test_rules_by_hand():
+    long_hot = sample("one two three", 5.0, temperature=1.0, finished=False)
+    short_cool = sample("one", 2.0, temperature=0.2)
+    good = reference("two", 9.0)
+    g = group("p", long_hot, short_cool, good)
+    pairs = [Pair(g, long_hot, short_cool), Pair(g, good, short_cool), Pair(g, good, long_hot)]
+    expected = {
+        "longer": [1, 0.5, 0],
+        "shorter": [0, 0.5, 1],
+        "finished": [0, 0.5, 1],
+        "cooler": [0, math.nan, math.nan],  # a reference has no temperature
+    }
+    for rule, correct in expected.items():
+        assert rule_correct(pairs, rule).tolist() == pytest.approx(correct, nan_ok=True), rule
+    assert rule_accuracy(pairs, "longer") == (0.5, 3)
+    assert rule_accuracy(pairs[:2], "longer") == (0.75, 2)  # a win and a tie
+    assert rule_accuracy(pairs[:2], "shorter") == (0.25, 2)
+    assert rule_accuracy(pairs, "cooler") == (0.0, 1)
+    swapped = [Pair(g, pair.rejected, pair.chosen) for pair in pairs]
+    assert rule_accuracy(swapped, "cooler") == (1.0, 1)
+
+
+def test_length_counts_characters():
+    pair = texts_pair("extraordinarily", "a b c d")
+    assert rule_accuracy([pair], "longer") == (1.0, 1)
+    assert rule_accuracy([pair], "shorter") == (0.0, 1)
+
+
+def test_equal_temperatures_tie():
+    assert rule_accuracy([texts_pair("one", "two")], "cooler") == (0.5, 1)
+
+
+def test_no_pairs(bag):
+    for rule in ("longer", "cooler", bag):
+        share, judged = rule_accuracy([], rule)
+        assert math.isnan(share)
+        assert judged == 0
+
+
+def test_pairs_may_be_an_iterator():
+    assert rule_accuracy(iter([texts_pair("longer", "short")]), "longer") == (1.0, 1)
+
+
+@pytest.mark.parametrize("rule", ["shortest", "bag_of_words"])
+def test_unknown_rule(rule):
+    with pytest.raises(DataError, match=f"{rule}.*longer, shorter, finished, cooler.*bag_of_words"):
+        rule_correct([], rule)
+
+
+def test_what_no_reader_can_see_is_no_text_rule():
+    assert set(RULES) - set(TEXT_RULES) == {"cooler"}
+    assert set(TEXT_RULES) == {"longer", "shorter", "finished", "bag_of_words"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "samples_only", "share"),
+    [
+        ("longer", True, 0.514),
+        ("finished", True, 0.525),
+        ("cooler", True, 0.782),
+        ("longer", False, 0.406),
+        ("shorter", False, 0.594),
+    ],
+)
+def test_embedded_rules(embedded, rule, samples_only, share):
+    pairs = [p for p in embedded.pairs("test") if p.between_samples or not samples_only]
+    accuracy, count = rule_accuracy(pairs, rule)
+    assert accuracy == pytest.approx(share, abs=5e-4)
+    assert count == len(pairs)
+
+
+def test_cooler_skips_pairs_with_a_reference(embedded):
+    correct = rule_correct(embedded.pairs("test"), "cooler")
+    between = [pair.between_samples for pair in embedded.pairs("test")]
+    assert correct.notna().tolist() == between
+    assert rule_accuracy(embedded.pairs("test"), "cooler")[1] == 949
+
+
+# The bag of words
+
+
+def test_a_planted_word_is_learnt(bag):
+    assert rule_accuracy(planted(50, 2), bag) == (1.0, 50)
+    assert rule_accuracy(planted(50, 2, better="bad", worse="good"), bag) == (0.0, 50)
+    weights = dict(zip(bag.vectorizer.get_feature_names_out(), bag.weights, strict=True))
+    assert max(weights, key=weights.get) == "good"
+    assert min(weights, key=weights.get) == "bad"
+
+
+def test_a_planted_order_of_two_words_is_learnt():
+    """No single word tells the two apart."""
+
+    def ordered(n, seed):
+        pairs = planted(n, seed, better="left right", worse="left right")
+        swapped = [pair.rejected.text.replace("left right", "right left") for pair in pairs]
+        return [texts_pair(p.chosen.text, text) for p, text in zip(pairs, swapped, strict=True)]
+
+    fitted = bag_of_words(ordered(80, 0), ordered(30, 1))
+    assert rule_accuracy(ordered(60, 2), fitted)[0] > 0.95
+
+
+def test_shuffled_labels_leave_chance():
+    draw = random.Random(0)
+
+    def shuffled(pairs):
+        texts = [(p.chosen.text, p.rejected.text) for p in pairs]
+        return [texts_pair(*draw.sample(both, 2)) for both in texts]
+
+    fitted = bag_of_words(shuffled(planted(400, 0)), shuffled(planted(50, 1)))
+    share, judged = rule_accuracy(shuffled(planted(400, 2)), fitted)
+    assert judged == 400
+    assert share == pytest.approx(0.5, abs=0.1)  # four standard errors
+
+
+def test_swapping_a_pair_swaps_the_verdict(bag):
+    pairs = planted(20, 3)
+    swapped = [texts_pair(p.rejected.text, p.chosen.text) for p in pairs]
+    there, back = rule_correct(pairs, bag), rule_correct(swapped, bag)
+    np.testing.assert_array_equal(there + back, 1)
+
+
+def test_it_does_not_matter_which_side_of_training_pairs_came_first():
+    """Mirrored labels give mirrored weights: there is no intercept that favours a side."""
+    pairs = planted(40, 0)
+    mirrored = [texts_pair(p.rejected.text, p.chosen.text) for p in pairs]
+    there, back = bag_of_words(pairs, []), bag_of_words(mirrored, [])
+    np.testing.assert_allclose(there.score([*FILLER, "good"]), -back.score([*FILLER, "good"]))
+
+
+def test_texts_of_the_same_words_tie(bag):
+    pairs = [texts_pair("Good word1", "good... WORD1!"), texts_pair("never seen", "seen by none")]
+    assert rule_correct(pairs, bag).tolist() == [0.5, 0.5]
+
+
+def test_a_score_belongs_to_its_text_alone(bag):
+    texts = [pair.chosen.text for pair in planted(10, 4)]
+    together = bag.score(texts)
+    assert together.shape == (10,)
+    np.testing.assert_array_equal(together, [bag.score([text])[0] for text in texts])
+
+
+def test_repetition_speaks_no_louder(bag):
+    once, ten_times = bag.score(["good word1", " ".join(["good word1"] * 10)])
+    assert 0 < ten_times < 1.5 * once
+
+
+def test_only_the_answer_is_read(bag):
+    """Neither the prompt nor rating, source, temperature or end token reaches the scorer."""
+    pair = planted(1, 5)[0]
+    chosen = reference(pair.chosen.text, 1.0)
+    rejected = sample(pair.rejected.text, 0.5, temperature=0.1, finished=False)
+    other = Pair(group("other", chosen, rejected), chosen, rejected)
+    assert rule_correct([pair, other], bag).tolist() == [1.0, 1.0]
+
+
+def test_the_fit_is_deterministic(bag):
+    again = bag_of_words(planted(60, 0), planted(30, 1))
+    assert again.c == bag.c
+    np.testing.assert_array_equal(again.weights, bag.weights)
+
+
+def conflict():
+    """Training pairs whose verdict on ("rare", "common") hangs on C.
+
+    A strong regularisation goes by "common", which is in many pairs, a weak one by "rare".
+    """
+    often = [texts_pair(f"common {w}", f"plain {w}") for w in FILLER]
+    seldom = [texts_pair("rare", "common")] * 3
+    return often + seldom
+
+
+def test_c_is_chosen_on_validation_pairs():
+    train, probe = conflict(), texts_pair("rare", "common")
+    weak = bag_of_words(train, [probe])
+    strong = bag_of_words(train, [texts_pair("common", "rare")])
+    assert strong.c < weak.c
+    assert rule_accuracy([probe], weak) == (1.0, 1)
+    assert rule_accuracy([probe], strong) == (0.0, 1)
+
+
+def test_equal_accuracies_take_the_strongest_regularisation():
+    easy = [texts_pair("good", "bad")] * 5
+    assert bag_of_words(easy, easy).c == min(STRENGTHS)
+    assert bag_of_words(planted(20, 0), []).c == min(STRENGTHS)
+
+
+@pytest.mark.parametrize("pairs", [[], [texts_pair("?!", "...")]])
+def test_nothing_to_learn_from(pairs):
+    with pytest.raises(DataError, match=f"no words to learn from in {len(pairs)} training pairs"):
+        bag_of_words(pairs, [])
+
+
+# The table
+
+
+def rated(split, seed, n=6, better="good", worse="bad"):
+    """Groups of a hot sample that is chosen, a cool one that is not, and a reference above both."""
+    groups = []
+    for p in planted(n, seed, better, worse):
+        hot, cool = (sample(p.chosen.text, 6.0, 1.0), sample(p.rejected.text, 2.0, 0.2))
+        best = reference("good", 9.0)
+        groups.append(group(f"{split}{p.prompt_id}", hot, cool, best, split=split))
+    return groups
+
+
+def bundle(*groups):
+    return PreferenceData(tuple(g for some in groups for g in some), "", {})
+
+
+def test_table():
+    data = bundle(rated("train", 0, 20), rated("validation", 1), rated("test", 2))
+    table = rules_table(data, "test", 100).set_index("rule")
+    assert tuple(table.index) == RULES
+    assert table.index[table["reads_text"]].tolist() == list(TEXT_RULES)
+    intervals = ["", "_low", "_high"]
+    assert table.columns.tolist() == [
+        "reads_text",
+        *[f"accuracy{end}" for end in intervals],
+        "n",
+        *[f"model_pairs{end}" for end in intervals],
+        "model_pairs_n",
+    ]
+    assert table["n"].to_dict() == {**dict.fromkeys(TEXT_RULES, 18), "cooler": 6}
+    assert set(table["model_pairs_n"]) == {6}
+    assert table.loc["cooler", ["accuracy", "model_pairs"]].tolist() == [0, 0]
+    assert table.loc["bag_of_words", ["accuracy", "model_pairs"]].tolist() == [1, 1]
+    assert table.loc["finished", ["accuracy_low", "accuracy_high"]].tolist() == [0.5, 0.5]
+
+
+def test_table_on_the_embedded_set(embedded):
+    """Values and intervals are those of the single functions, over prompts."""
+    table = rules_table(embedded, "validation", 200).set_index("rule")
+    pairs = [pair for pair in embedded.pairs("validation") if pair.between_samples]
+    assert table["n"].to_dict() == {**dict.fromkeys(TEXT_RULES, 523), "cooler": 347}
+    for name in ("longer", "finished", "cooler"):
+        correct = rule_correct(pairs, name)
+        expected = clustered_interval(correct, [pair.prompt_id for pair in pairs], 200)
+        found = table.loc[name, ["model_pairs", "model_pairs_low", "model_pairs_high"]]
+        assert found.tolist() == pytest.approx([expected[k] for k in ("value", "low", "high")])
+    assert table.loc["bag_of_words", "accuracy_low"] > 0.6  # it learns something
+
+
+def test_what_cannot_be_judged_is_nan():
+    def plain(split, n):
+        words = planted(n, 0)
+        texts = [(reference(p.chosen.text, 8.0), reference(p.rejected.text, 2.0)) for p in words]
+        return [group(f"{split}{i}", *both, split=split) for i, both in enumerate(texts)]
+
+    table = rules_table(bundle(plain("train", 5), plain("test", 3)), "test", 50).set_index("rule")
+    assert table.loc["cooler", "n"] == 0
+    assert set(table["model_pairs_n"]) == {0}
+    assert table.loc["cooler", ["accuracy", "accuracy_low", "accuracy_high"]].isna().all()
+    assert table["model_pairs"].isna().all()
+    assert table.loc["longer", "n"] == 3
+
+
+def test_the_table_never_fits_on_the_judged_split(monkeypatch):
+    data = bundle(rated("train", 0), rated("validation", 1), rated("test", 2))
+    seen = []
+
+    def spy(train_pairs, validation_pairs):
+        seen.extend([train_pairs, validation_pairs])
+        return bag_of_words(train_pairs, validation_pairs)
+
+    monkeypatch.setattr(rules, "bag_of_words", spy)
+    assert isinstance(rules_table(data, "test", 10), pd.DataFrame)
+    assert seen == [data.pairs("train"), data.pairs("validation")]
+    upside_down = bundle(
+        rated("train", 0), rated("validation", 1), rated("test", 2, 6, "bad", "good")
+    )
+    table = rules_table(upside_down, "test", 10).set_index("rule")
+    assert table.loc["bag_of_words", "model_pairs"] == 0  # flipped test ratings change no weight
+    assert isinstance(bag_of_words(data.pairs("train"), []), BagOfWords)

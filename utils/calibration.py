@@ -1,0 +1,236 @@
+"""Whether a reward model's own probabilities are right: those of pairs, and those of ratings.
+
+All intervals are a bootstrap over prompts. A resample of prompts is kept as a weight for each row,
+how often it was drawn, so that what is made anew in each resample (bins, ranks) costs no sorting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.special import softmax
+from scipy.stats import entropy
+
+from utils.evaluation import clustered_interval
+from utils.losses import CLASSES
+
+CHUNK = 250  # resamples at a time: small enough for the processor's cache
+MIDDLE = (4, 6)  # where a model that is squeezed into the middle would put its ratings
+
+
+def reliability(
+    p: Sequence[float], clusters: Sequence[str], bins: int = 10, samples: int = 2000
+) -> pd.DataFrame:
+    """Compare how sure a reward model is of its choice with how often the choice is right.
+
+    P(chosen beats rejected) has only one outcome, for the better response is called chosen, so
+    nothing can be read from outcomes by p. A pair has no natural order, however: seen from its
+    other side it has 1 - p and the opposite outcome, which is the same information again, and a
+    curve over both sides is only the mirror image of itself about (1/2, 1/2). So each pair counts
+    once, as the model's own bet: confidence max(p, 1 - p), right if p > 1/2, half right at 1/2.
+
+    Bins hold about as many pairs each; equal confidences share one, so there may be fewer bins.
+    The interval of a bin without a mistake has no width, which says little if n is small.
+
+    Args:
+        p: P(chosen beats rejected) of each pair.
+        clusters: the prompt of each pair.
+        bins: how many.
+        samples: bootstrap resamples.
+
+    Returns:
+        A row per bin, the least confident first: mean `confidence`, `accuracy`, `low`, `high`, `n`.
+    """
+    confidence, right = _bets(p)
+    frame = pd.DataFrame({"confidence": confidence, "right": right, "cluster": list(clusters)})
+    place = _bins(_mid_ranks(confidence, np.ones((1, len(frame)))), len(frame), bins)[0]
+    rows = []
+    for _, part in frame.groupby(place):
+        found = _named(clustered_interval(part["right"], part["cluster"], samples), "accuracy")
+        rows.append({"confidence": part["confidence"].mean(), **found})
+    return pd.DataFrame(rows)
+
+
+def expected_calibration_error(
+    p: Sequence[float], clusters: Sequence[str], bins: int = 10, samples: int = 2000
+) -> dict[str, float]:
+    """Mean |accuracy - confidence| over the bins of `reliability`, weighted by their pairs.
+
+    Naeini et al. 2015; Guo et al. 2017 (arXiv 1706.04599). It is biased upwards: chance alone moves
+    the accuracy of a bin of m pairs by about 0.8 sqrt(c (1 - c) / m) from its confidence c, and
+    the distance counts whatever its sign. A perfectly calibrated model shows 0.03 with 1,450 pairs
+    in ten bins, more where pairs of a prompt err together. A resample adds that bias once more, so
+    the interval lies high and may even leave out the value, which is that of the full sample.
+
+    Args:
+        p: P(chosen beats rejected) of each pair.
+        clusters: the prompt of each pair.
+        bins: of about equal count, made anew in each resample.
+        samples: bootstrap resamples.
+
+    Returns:
+        `value`, `low`, `high` and `n`, the number of pairs.
+    """
+    confidence, right = _bets(p)
+
+    def error(weights: np.ndarray) -> np.ndarray:
+        total = weights.sum(axis=1, keepdims=True)
+        place = _bins(_mid_ranks(confidence, weights), total, bins)
+        place += bins * np.arange(len(weights))[:, None]
+        gaps = weights * (right - confidence)
+        by_bin = np.bincount(place.ravel(), gaps.ravel(), minlength=bins * len(weights))
+        return np.abs(by_bin).reshape(-1, bins).sum(axis=1) / total[:, 0]
+
+    return _bootstrap(error, clusters, samples)
+
+
+def rating_calibration(rows: Sequence[Mapping[str, Any]], samples: int) -> pd.DataFrame:
+    """Return what a ten-class model expects of responses by the rating they were given.
+
+    Even a calibrated model lies off the diagonal here, towards the mean: see `squeeze`.
+
+    Args:
+        rows: of a ten-class run's `samples.jsonl`.
+        samples: bootstrap resamples.
+
+    Returns:
+        A row per given `rating` (to the nearest of 1..10) that occurs: mean `expected` rating with
+        `low` and `high`, its standard deviation `sd` over responses, and `n`.
+    """
+    frame = _ten_class(rows)
+    table = []
+    for rating, part in frame.groupby(frame["rating"].round().astype(int)):
+        found = clustered_interval(part["reward"], part["prompt_id"], samples)
+        sd = part["reward"].std(ddof=0)
+        table.append({"rating": rating, **_named(found, "expected"), "sd": sd})
+    return pd.DataFrame(table)[["rating", "expected", "low", "high", "sd", "n"]]
+
+
+def squeeze(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Tell whether the expected rating E[r] is squeezed into the middle of the scale.
+
+    The slope of E[r] on the given rating is below 1 for every model that cannot see all of the
+    rating: for a calibrated one it is the share of variance explained. The slope the other way
+    round is what tells a squeezed model: 1 if calibrated, above 1 if E[r] varies too little for
+    what it knows, below 1 if it varies too much.
+
+    Args:
+        rows: of a ten-class run's `samples.jsonl`.
+
+    Returns:
+        For `expected` and `given` ratings: `mean_*` and `sd_*` over responses, the quantiles
+        `q05_*` and `q95_*`, and `middle_*`, the share in [4, 6]; `slope` of expected on given and
+        `slope_back` of given on expected (NaN where one of them does not vary); and `n`.
+    """
+    frame = _ten_class(rows)
+    shown = {"expected": frame["reward"].to_numpy(), "given": frame["rating"].to_numpy(float)}
+    found: dict[str, float] = {}
+    for name, values in shown.items():
+        found |= {f"mean_{name}": float(values.mean()), f"sd_{name}": float(values.std())}
+        low, high = np.quantile(values, [0.05, 0.95])
+        found |= {f"q05_{name}": float(low), f"q95_{name}": float(high)}
+        found[f"middle_{name}"] = float(np.mean((values >= MIDDLE[0]) & (values <= MIDDLE[1])))
+    covariance = np.cov(*shown.values(), ddof=0)
+    for name, variance in {"slope": covariance[1, 1], "slope_back": covariance[0, 0]}.items():
+        found[name] = float(covariance[0, 1] / variance) if variance else float("nan")
+    return found | {"n": len(frame)}
+
+
+def entropy_against_error(
+    rows: Sequence[Mapping[str, Any]], samples: int
+) -> tuple[pd.DataFrame, dict[str, float]]:
+    """Tell whether a ten-class model errs more where its distribution is wider.
+
+    Args:
+        rows: of a ten-class run's `samples.jsonl`.
+        samples: bootstrap resamples.
+
+    Returns:
+        A row per `quarter` of the responses, the surest first: mean `entropy` of the predicted
+        distribution in nats, mean `error` |E[r] - given rating| with `low` and `high`, and `n`; and
+        Spearman's rank correlation of entropy and error with its interval (NaN if one is constant).
+    """
+    frame = _ten_class(rows)
+    spread = entropy(softmax(np.array(frame["logits"].tolist()), axis=1), axis=1).round(12)
+    error = (frame["reward"] - frame["rating"]).abs().to_numpy(float)
+    place = _bins(_mid_ranks(spread, np.ones((1, len(frame)))), len(frame), 4)[0]
+    table = []
+    for quarter, part in frame.groupby(place):
+        found = clustered_interval(error[part.index], part["prompt_id"], samples)
+        mean = float(spread[part.index].mean())
+        table.append({"quarter": quarter + 1, "entropy": mean, **_named(found, "error")})
+
+    def correlation(weights: np.ndarray) -> np.ndarray:
+        total = weights.sum(axis=1, keepdims=True)
+        a, b = (_mid_ranks(values, weights) - total / 2 for values in (spread, error))
+        with np.errstate(invalid="ignore"):
+            norm = np.sqrt((weights * a * a).sum(axis=1) * (weights * b * b).sum(axis=1))
+            return (weights * a * b).sum(axis=1) / norm
+
+    return pd.DataFrame(table), _bootstrap(correlation, frame["prompt_id"], samples)
+
+
+def _bets(p: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    p = np.asarray(p, dtype=float)
+    if not len(p) or not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(
+            f"calibration is about probabilities in [0, 1] of one pair or more, got {len(p)} "
+            "values, or some outside or NaN: pass the column p of `pair_metrics`, not rewards"
+        )
+    # Rounded, so that p and 1 - p of another pair are the same confidence.
+    return np.maximum(p, 1 - p).round(12), (np.sign(p - 0.5) + 1) / 2
+
+
+def _ten_class(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    frame = pd.DataFrame(rows).reset_index(drop=True)
+    if frame.empty or set(frame["logits"].map(len)) != {CLASSES}:
+        raise ValueError(
+            f"the calibration of ratings needs rows with {CLASSES} logits each: pass the "
+            "samples.jsonl of a run of kind ordinal; a scalar reward is on no rating scale"
+        )
+    return frame
+
+
+def _named(interval: Mapping[str, float], value: str) -> dict[str, float]:
+    return {value if key == "value" else key: number for key, number in interval.items()}
+
+
+def _mid_ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Rank of each row as if repeated by its weight, in each resample; equal values share one."""
+    _, group = np.unique(values, return_inverse=True)
+    order = np.argsort(group, kind="stable")
+    first = np.flatnonzero(np.diff(group[order], prepend=-1))
+    counts = np.add.reduceat(weights[:, order], first, axis=1)
+    return (counts.cumsum(axis=1) - counts / 2)[:, group]
+
+
+def _bins(ranks: np.ndarray, total: np.ndarray | int, bins: int) -> np.ndarray:
+    # A row that was not drawn may rank past the last bin; it weighs nothing there.
+    return np.minimum(bins * ranks // total, bins - 1).astype(int)
+
+
+def _resamples(clusters: Sequence[str], samples: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """Yield how often each row is drawn, shape (resamples, rows), as `clustered_interval` draws."""
+    _, group = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
+    count = group.max() + 1
+    picks = np.random.default_rng(seed).integers(0, count, (samples, count))
+    for start in range(0, samples, CHUNK):
+        part = picks[start : start + CHUNK]
+        flat = (part + count * np.arange(len(part))[:, None]).ravel()
+        drawn = np.bincount(flat, minlength=count * len(part)).reshape(-1, count)
+        yield drawn[:, group].astype(float)
+
+
+def _bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray], clusters: Sequence[str], samples: int
+) -> dict[str, float]:
+    """Value of the full sample and 95% percentile interval of a statistic of row weights."""
+    rows = len(clusters)
+    draws = np.concatenate([statistic(weights) for weights in _resamples(clusters, samples)])
+    draws = draws[np.isfinite(draws)]
+    low, high = np.quantile(draws, [0.025, 0.975]) if len(draws) else (np.nan, np.nan)
+    value = statistic(np.ones((1, rows)))[0]
+    return {"value": float(value), "low": float(low), "high": float(high), "n": rows}

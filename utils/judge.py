@@ -1,0 +1,185 @@
+"""The judge: an ensemble of reward models that shares no prompt with any policy or its reward.
+
+The prompts of validation and test are cut into folds. A member is trained on all of these folds
+but one, and judges the prompts of that one. So whatever the judge reads, it was not trained on, nor
+was it trained on any prompt that a policy's reward model or the policy itself has seen.
+
+    python -m utils.judge                    # trains the members that are not there yet
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from utils.data import Pair, PreferenceData, Prompt, Response
+from utils.environment import quiet
+from utils.evaluation import clustered_interval
+from utils.pipeline import REWARD_FIELDS, open_stage, prepared_data, stage_config, train_and_score
+from utils.results import Run, read_jsonl
+from utils.reward_evaluation import Key, response_key
+from utils.rewards import RewardModel
+from utils.study import ARMS, arm_profile
+
+FOLDS = 4
+# Two losses that differ much, so that what the members have in common is the text; with seeds that
+# no policy's reward model has.
+MEMBERS = (("plackett_luce", 100), ("pairwise", 101))
+
+
+@dataclass(frozen=True)
+class Member:
+    """A reward model with the mean and standard deviation of its scores on its own fold."""
+
+    reward_model: RewardModel
+    mean: float
+    std: float
+
+
+class Judge:
+    """Scores text as `RewardModel` does: the mean of the members' standardised rewards.
+
+    Attributes:
+        folds: the fold of each prompt that some members were trained on, by `prompt_key`.
+        members: the members that may judge a fold, by fold.
+    """
+
+    kind = "judge"
+
+    def __init__(self, folds: Mapping[str, int], members: Mapping[int, Sequence[Member]]) -> None:
+        self.folds = folds
+        self.members = members
+
+    def score(
+        self,
+        prompts: Sequence[Sequence[Mapping[str, str]]],
+        responses: Sequence[str],
+        finished: Sequence[bool],
+    ) -> Tensor:
+        """Return one reward per response, shape (rows,), in standard deviations of the members.
+
+        A prompt that no member was trained on is judged by all of them.
+        """
+        fold_of = [self.folds.get(prompt_key(prompt)) for prompt in prompts]
+        total, count = torch.zeros(len(prompts)), torch.zeros(len(prompts))
+        for fold, members in self.members.items():
+            rows = [row for row, own in enumerate(fold_of) if own in (fold, None)]
+            if not rows:
+                continue
+            arguments = ([values[row] for row in rows] for values in (prompts, responses, finished))
+            arguments = tuple(arguments)
+            for member in members:
+                rewards = member.reward_model.score(*arguments)
+                total[rows] += (rewards - member.mean) / member.std
+                count[rows] += 1
+        return total / count
+
+
+def prompt_key(messages: Sequence[Mapping[str, str]]) -> str:
+    """Name a prompt by its turns."""
+    return "\0".join(f"{message['role']}\1{message['content']}" for message in messages)
+
+
+def judge_folds(data: PreferenceData) -> dict[str, int]:
+    """Return the fold of every validation and test prompt, by `prompt_key`.
+
+    Prompts are dealt out in turn, category by category, in the order of a hash of their text.
+    """
+    prompts = [prompt for split in ("validation", "test") for prompt in data.prompts(split)]
+
+    def order(prompt: Prompt) -> tuple[str, str]:
+        text = prompt_key(prompt.messages)
+        return prompt.category or "", hashlib.sha256(text.encode()).hexdigest()
+
+    dealt = enumerate(sorted(prompts, key=order))
+    return {prompt_key(prompt.messages): place % FOLDS for place, prompt in dealt}
+
+
+def judge_stage(arm: str, seed: int, fold: int) -> Run:
+    """Train the member that judges a fold and score the pairs of that fold, or find it done."""
+    profile = arm_profile(arm, seed)
+    config = stage_config(profile, REWARD_FIELDS, kind=ARMS[arm].kind, fold=fold, folds=FOLDS)
+    run, finished = open_stage(profile, f"judge_{arm}_f{fold}", config)
+    if not finished:
+        data = prepared_data(profile)
+        folds = judge_folds(data)
+        held_out = [group for s in ("validation", "test") for group in data.groups_of(s)]
+        groups = [group for group in held_out if folds[prompt_key(group.prompt)] != fold]
+        train_and_score(ARMS[arm].kind, profile, groups, fold_pairs(data, fold), run)
+    return run
+
+
+def fold_pairs(data: PreferenceData, fold: int) -> list[Pair]:
+    """Return the validation and test pairs whose prompts are in a fold."""
+    folds = judge_folds(data)
+    pairs = [pair for split in ("validation", "test") for pair in data.pairs(split)]
+    return [pair for pair in pairs if folds[prompt_key(pair.group.prompt)] == fold]
+
+
+def judge_accuracy(results: Path, pairs: Sequence[Pair], samples: int) -> pd.DataFrame:
+    """Measure the judge on held-out pairs, from its members' published scores.
+
+    Args:
+        results: the folder of published runs.
+        pairs: of the validation or test split.
+        samples: bootstrap resamples.
+
+    Returns:
+        A row for the judge and for each kind of member alone, and for all pairs and those between
+        two samples: `judge`, `pairs`, and the accuracy as value, low, high and n. Empty if a
+        member is not published.
+    """
+    runs = {(a, f): results / f"cpu-judge_{a}_f{f}" for a, _ in MEMBERS for f in range(FOLDS)}
+    if not all((run / "samples.jsonl").exists() for run in runs.values()):
+        return pd.DataFrame(columns=["judge", "pairs", "value", "low", "high", "n"])
+    scores: dict[str, dict[Key, float]] = {}
+    for arm, _ in MEMBERS:
+        scores[arm] = {}
+        for fold in range(FOLDS):
+            rows = read_jsonl(runs[arm, fold] / "samples.jsonl")
+            rewards = np.array([row["reward"] for row in rows])
+            for row, reward in zip(rows, (rewards - rewards.mean()) / rewards.std(), strict=True):
+                scores[arm][row["prompt_id"], row["batch"], row["place"]] = reward
+    sides = [[response_key(p, side(p)) for p in pairs] for side in (_chosen, _rejected)]
+    gaps = {
+        ARMS[arm].label: np.array([found[c] - found[r] for c, r in zip(*sides, strict=True)])
+        for arm, found in scores.items()
+    }
+    prompts = np.array([pair.prompt_id for pair in pairs])
+    between = np.array([pair.between_samples for pair in pairs])
+    table = []
+    for name, gap in {"judge": sum(gaps.values()), **gaps}.items():
+        for subset, part in {"all pairs": ~between | between, "between samples": between}.items():
+            correct = (np.sign(gap[part]) + 1) / 2
+            found = clustered_interval(correct, prompts[part], samples)
+            table.append({"judge": name, "pairs": subset, **found})
+    return pd.DataFrame(table)
+
+
+def _chosen(pair: Pair) -> Response:
+    return pair.chosen
+
+
+def _rejected(pair: Pair) -> Response:
+    return pair.rejected
+
+
+def main() -> None:
+    """Train all members."""
+    quiet()
+    for arm, seed in MEMBERS:
+        for fold in range(FOLDS):
+            run = judge_stage(arm, seed, fold)
+            accuracy = run.info["metrics"]["accuracy"]["value"]
+            print(f"[{run.directory.name}] accuracy on its fold {accuracy:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

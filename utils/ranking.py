@@ -1,0 +1,250 @@
+"""What a rating distribution adds to its mean: where the order errs, and picking one of n."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from utils.config import ReinforceConfig
+from utils.data import Group
+from utils.evaluation import clustered_interval
+from utils.losses import CLASSES, expected_rating, outcome_probabilities, rating_spread
+from utils.rewards import reward_from_logits
+
+Row = Mapping[str, Any]  # of a run's samples.jsonl
+Criterion = Callable[[Sequence[Row], Tensor], Tensor]  # of the rows and their logits
+SCALAR_CRITERIA: dict[str, Criterion] = {
+    "mean": lambda rows, logits: reward_from_logits(logits),
+    "random": lambda rows, logits: torch.zeros(len(rows)),
+    "best": lambda rows, _: torch.tensor([row["rating"] for row in rows], dtype=torch.float64),
+}
+CRITERIA: dict[str, Criterion] = {
+    **SCALAR_CRITERIA,
+    "quantile_25": lambda rows, logits: rating_quantile(logits, 0.25),
+    "quantile_10": lambda rows, logits: rating_quantile(logits, 0.10),
+    "mean_minus_half_spread": lambda _, z: expected_rating(z) - 0.5 * rating_spread(z),
+    "mean_minus_spread": lambda _, z: expected_rating(z) - rating_spread(z),
+    "beats_sft": lambda rows, logits: _beats_sft(rows, logits),
+}
+TIE = 1e-5  # logits are kept to five decimals, so smaller differences are rounding
+
+
+def rating_quantile(logits: Tensor, share: float) -> Tensor:
+    """Rating below which `share` (0..1) of the distribution lies; (..., classes) -> (...).
+
+    The bare quantile is one of ten classes, so most responses would tie. Here a class spreads its
+    probability evenly over half a point to either side, which leaves the mean as it is; the
+    cumulative distribution is a straight line in between, and the result within .5..classes + .5.
+    """
+    p = logits.double().softmax(-1)
+    reached = p.cumsum(-1)
+    # The class in which the share is reached; the clamps are for rounding at share = 1.
+    at = (reached < share).sum(-1, keepdim=True).clamp_max(p.shape[-1] - 1)
+    missing = share - (reached - p).gather(-1, at)
+    return (at + 0.5 + (missing / p.gather(-1, at)).clamp(0, 1)).squeeze(-1)
+
+
+def rating_entropy(logits: Tensor) -> Tensor:
+    """Entropy of the rating distribution in nats, 0..ln(classes); (..., classes) -> (...)."""
+    return torch.special.entr(logits.float().softmax(-1)).sum(-1)
+
+
+def doubt_scores(first: Tensor, second: Tensor) -> dict[str, np.ndarray]:
+    """Score how doubtful the order of two responses is; every score rises with the doubt.
+
+    Args:
+        first: logits of the first responses' ratings, shape (pairs, classes).
+        second: the same for the second responses.
+
+    Returns:
+        By name, shape (pairs,): `gap`, minus the distance of the expected ratings, for which the
+        mean is enough; `spread`, the standard deviation of the difference of independent ratings;
+        `spread_given_gap`, minus the distance in units of that spread; `tie_or_doubt`,
+        1 - |P(win) - P(lose)|; `entropy`, the mean of the two.
+    """
+    gap = (expected_rating(first) - expected_rating(second)).abs()
+    spread = torch.hypot(rating_spread(first), rating_spread(second))
+    win, _, lose = outcome_probabilities(first, second).unbind(-1)
+    scores = {
+        "gap": -gap,
+        "spread": spread,
+        "spread_given_gap": -gap / spread.clamp_min(1e-6),  # two certain ratings have no spread
+        "tie_or_doubt": 1 - (win - lose).abs(),
+        "entropy": (rating_entropy(first) + rating_entropy(second)) / 2,
+    }
+    return {name: score.numpy() for name, score in scores.items()}
+
+
+def clustered_auc(
+    score: Sequence[float], event: Sequence[bool], clusters: Sequence[str], samples: int = 2000
+) -> dict[str, float]:
+    """Area under the ROC curve of a score for an event, with a 95% bootstrap interval over prompts.
+
+    It is the chance that a row with the event scores above one without, ties half (Hanley and
+    McNeil 1982). The interval is one of percentiles over resampled clusters, the prompts of the
+    rows; resamples in which all rows have the event, or none has, are skipped.
+
+    Returns:
+        `value`, `low`, `high`, all NaN if no two rows differ in the event, and `n`, the rows.
+    """
+    return {**_interval(_areas(score, event, clusters, samples)), "n": len(score)}
+
+
+def error_predictors(rows: Sequence[Row], pairs: pd.DataFrame, samples: int) -> pd.DataFrame:
+    """Measure how well the distributions foretell which pairs their means put in the wrong order.
+
+    Args:
+        rows: a ten-class run's `samples.jsonl`.
+        pairs: what `pair_metrics` gives for the same run.
+        samples: bootstrap resamples.
+
+    Returns:
+        A row for each of `doubt_scores` as `predictor`, of `pairs` "all" and, if any, "between
+        samples": `auc` with `low` and `high`; `added`, its difference to that of `gap`, with paired
+        `added_low` and `added_high`; `n` pairs, of them `wrong`, and `ties` of the means left out.
+    """
+    scores = doubt_scores(*(_logits_of(rows, pairs, side) for side in ("chosen", "rejected")))
+    correct, between = pairs["correct"].to_numpy(), pairs["between_samples"].to_numpy(dtype=bool)
+    table = []
+    for subset, part in {"all": np.ones_like(between), "between samples": between}.items():
+        used = part & (correct != 0.5)
+        if not used.any():
+            continue
+        wrong, prompts = correct[used] == 0, pairs.loc[used, "prompt_id"]
+        counts = {"n": used.sum(), "wrong": wrong.sum(), "ties": (part & ~used).sum()}
+        gap = _areas(scores["gap"][used], wrong, prompts, samples)
+        for name, score in scores.items():
+            areas = _areas(score[used], wrong, prompts, samples)
+            row = {"predictor": name, "pairs": subset, **_interval(areas, "auc")}
+            table.append(row | _interval(areas - gap, "added", "added_") | counts)
+    return pd.DataFrame(table)
+
+
+def pick_of_n(
+    rows: Sequence[Row], groups: Sequence[Group], criteria: Sequence[str], samples: int
+) -> pd.DataFrame:
+    """Pick one sample of each group by each criterion, and see how the picks were rated.
+
+    Candidates are a group's responses but the reference; groups whose candidates all have the same
+    rating are left out. Responses tied for the highest score count in equal parts.
+
+    Args:
+        rows: a run's `samples.jsonl`.
+        groups: the test groups that the run was scored on.
+        criteria: `mean`, the reward; `quantile_..`, see `rating_quantile`; `mean_minus_..`;
+            `beats_sft`, P(rated higher than an SFT sample), a tie half: than those at the training
+            temperature in the prompt's other batch or, without any, of all other prompts, averaged;
+            `random`, a tie of all, so its exact expectation; `best`, the given rating. Of a scalar
+            run those that need a distribution are passed over.
+        samples: bootstrap resamples.
+
+    Returns:
+        A row per criterion with intervals over prompts: `rating` of the pick with `rating_low` and
+        `rating_high`; `top`, the share of groups whose pick no candidate beats, with `top_low` and
+        `top_high`; `difference`, in rating to the pick by the mean of the same group, with `low`
+        and `high`; and `n` groups.
+    """
+    if unknown := set(criteria) - set(CRITERIA):
+        raise ValueError(
+            f"unknown criteria {sorted(unknown)}, expected some of {', '.join(CRITERIA)}"
+        )
+    logits = torch.tensor([row["logits"] for row in rows])
+    usable = CRITERIA if logits.shape[1] == CLASSES else SCALAR_CRITERIA
+    candidates, ratings = _candidates(rows, groups), usable["best"](rows, logits).numpy()
+    prompts = [rows[indices[0]]["prompt_id"] for indices in candidates]
+
+    def picked(name: str) -> np.ndarray:
+        scores = usable[name](rows, logits).numpy()
+        if np.isnan(scores[np.concatenate(candidates)]).any():
+            raise ValueError(f"{name} is NaN; beats_sft needs samples at the training temperature")
+        return np.array([_pick(scores[indices], ratings[indices]) for indices in candidates]).T
+
+    table, by_mean = [], picked("mean")[0]
+    for name in (name for name in criteria if name in usable):
+        rating, top = picked(name)
+        row: dict[str, Any] = {"criterion": name}
+        for column, values in {"rating": rating, "top": top, "": rating - by_mean}.items():
+            found = clustered_interval(values, prompts, samples)
+            row[column or "difference"] = found["value"]
+            row |= {f"{column}_{end}".lstrip("_"): found[end] for end in ("low", "high")}
+        table.append(row | {"n": len(prompts)})
+    return pd.DataFrame(table)
+
+
+def _areas(
+    score: Sequence[float], event: Sequence[bool], clusters: Sequence[str], samples: int
+) -> np.ndarray:
+    """Return the AUC of the rows as they are, then of each resample; NaN where there is none."""
+    score, event = np.asarray(score, dtype=float), np.asarray(event, dtype=bool)
+    names, cluster = np.unique(list(clusters), return_inverse=True)
+    member, hits, rest = np.eye(len(names))[cluster], score[event][:, None], score[~event]
+    # Wins by prompt of the one and of the other row: a resample that draws two prompts k and l
+    # times has k * l times their wins, so no resample needs sorting.
+    wins = member[event].T @ ((hits > rest) + 0.5 * (hits == rest)) @ member[~event]
+    even = np.full(len(names), 1 / len(names))
+    drawn = np.random.default_rng(0).multinomial(len(names), even, samples)
+    drawn = np.vstack([np.ones(len(names)), drawn])
+    comparisons = (drawn @ member[event].sum(0)) * (drawn @ member[~event].sum(0))
+    return ((drawn @ wins) * drawn).sum(1) / np.where(comparisons, comparisons, np.nan)
+
+
+def _interval(areas: np.ndarray, name: str = "value", prefix: str = "") -> dict[str, float]:
+    ends = areas[1:][~np.isnan(areas[1:])]
+    low, high = np.quantile(ends, [0.025, 0.975]) if len(ends) else (np.nan, np.nan)
+    return {name: float(areas[0]), f"{prefix}low": float(low), f"{prefix}high": float(high)}
+
+
+def _logits_of(rows: Sequence[Row], pairs: pd.DataFrame, side: str) -> Tensor:
+    # A frame's texts name responses of a prompt up to copies, which read and score the same.
+    scored = {(row["prompt_id"], row["response"], row["reward"]): row["logits"] for row in rows}
+    keys = zip(pairs["prompt_id"], pairs[side], pairs[f"{side}_reward"], strict=True)
+    logits = [scored.get(key, ()) for key in keys]
+    if any(len(values) != CLASSES for values in logits):
+        raise ValueError(
+            "the pairs are not of the run that the rows are of, or it is not a ten-class run; read "
+            "both from the folder of one ten-class run"
+        )
+    return torch.tensor(logits)
+
+
+def _candidates(rows: Sequence[Row], groups: Sequence[Group]) -> list[list[int]]:
+    """Return, for each group with something to choose, the rows of its samples."""
+    names = ("prompt_id", "batch", "place", "response")
+    index = {tuple(row[name] for name in names): i for i, row in enumerate(rows)}
+    found = []
+    for group in groups:
+        own = [response for response in group.responses if response.source != "reference"]
+        places = [group.responses.index(response) for response in own]
+        keys = [(group.prompt_id, group.batch, p, r.text) for p, r in zip(places, own, strict=True)]
+        if len({response.rating for response in own}) > 1:
+            found.append([index.get(key, -1) for key in keys])
+    if not found or any(-1 in indices for indices in found):
+        raise ValueError(
+            "pick_of_n found no group of differently rated samples, or one that was not scored; "
+            "pass the test groups of the data that the run was scored on"
+        )
+    return found
+
+
+def _pick(scores: np.ndarray, ratings: np.ndarray) -> tuple[float, float]:
+    tied = ratings[scores >= scores.max() - TIE]
+    return float(tied.mean()), float((tied == ratings.max()).mean())
+
+
+def _beats_sft(rows: Sequence[Row], logits: Tensor) -> Tensor:
+    log_p = logits.log_softmax(-1)
+    prompt, batch = (np.array([row[name] for row in rows]) for name in ("prompt_id", "batch"))
+    sft = np.array([row["temperature"] == ReinforceConfig.temperature for row in rows])
+    rivals = []
+    for own, side in zip(prompt, batch, strict=True):
+        there = sft & (prompt == own) & (batch != side)
+        there = there if there.any() else sft & (prompt != own)
+        # Normalised when compared; NaN comes of no rival at all.
+        rivals.append(log_p[torch.from_numpy(there)].logsumexp(0))
+    win, tie, _ = outcome_probabilities(logits, torch.stack(rivals)).unbind(-1)
+    return win + tie / 2

@@ -1,0 +1,231 @@
+"""The tables of the reward-model study, from its published runs alone: no model is loaded.
+
+The seeds of an arm are averaged pair by pair before the bootstrap: intervals are over prompts, and
+how far the seeds lie apart is a column of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from utils.calibration import expected_calibration_error
+from utils.data import load_data
+from utils.evaluation import clustered_interval
+from utils.losses import bradley_terry_loss, rating_pair_loss
+from utils.profiles import PROFILES
+from utils.results import ResultsError, Run, read_jsonl
+from utils.reward_runs import PROFILE, pair_frame, seed_frames, study_arms, study_runs
+from utils.rewards import KINDS
+from utils.sources import Pair
+from utils.study import ARMS
+
+# What is used of this module; some of it lives in utils.reward_runs.
+__all__ = ["accuracy_table", "category_table", "difference_table", "ensemble_accuracy"]
+__all__ += ["learning_curve_table", "pair_frame", "study_runs", "versus_rules"]
+
+CURVES = ("margin", "pairwise")  # arms that were also trained on a share of the prompts
+SHARES = ("_10", "_25", "_50", "")  # in percent; without a suffix, all
+PAIRS = {"accuracy": "all pairs", "model_pairs": "between samples"}  # column -> what it is of
+BINS = 10  # of the calibration error
+
+
+def accuracy_table(
+    results: Path, arms: Sequence[str], pairs: Sequence[Pair], samples: int
+) -> pd.DataFrame:
+    """Measure each arm on the test pairs.
+
+    Args:
+        results: the folder of published runs.
+        arms: their names; one without runs has no row.
+        pairs: the test pairs.
+        samples: bootstrap resamples.
+
+    Returns:
+        A row per arm: arm, label, kind, `seeds` (how many); with `_low` and `_high`: `accuracy`,
+        `model_pairs` (accuracy between two samples of the model), `nll` (a tie is no win) and
+        `ece` (both ends of the interval are means over the seeds, too); `accuracy_sd` between
+        seeds, blank for one; `gap_1`, `gap_2` and `gap_3`, accuracy at a rating gap of up to 1, up
+        to 2, and more; `nll_constant`, what the best constant output pays; and `minutes` of
+        training, mean over seeds.
+    """
+    found = study_arms(results, arms, pairs, samples)
+    return pd.DataFrame([_accuracy_row(arm, found[arm], pairs, samples) for arm in found])
+
+
+def category_table(
+    results: Path, arms: Sequence[str], pairs: Sequence[Pair], samples: int
+) -> pd.DataFrame:
+    """Return accuracy by category, in rows of arm, category, value, low, high and n (pairs)."""
+    rows = []
+    for arm, runs in study_arms(results, arms, pairs, samples).items():
+        for category, part in pair_frame(runs, pairs, samples).groupby("category"):
+            found = clustered_interval(part["correct"], part["prompt_id"], samples)
+            rows.append({"arm": arm, "category": category, **found})
+    return pd.DataFrame(rows)
+
+
+def learning_curve_table(results: Path, pairs: Sequence[Pair], samples: int) -> pd.DataFrame:
+    """Return accuracy by the number of training prompts.
+
+    Returns:
+        Two rows per arm of `CURVES` and share that has runs: arm, kind, prompts, seeds, `pairs`
+        ("all pairs", "between samples"), and the accuracy there as value, low, high and n.
+    """
+    arms = [f"{arm}{share}" for arm in CURVES for share in SHARES]
+    rows = []
+    for arm, runs in study_arms(results, arms, pairs, samples, across_sizes=True).items():
+        config, frame = runs[0].info["config"], pair_frame(runs, pairs, samples)
+        prompts = config["data.train_prompts"]
+        if prompts is None:
+            prompts = len(load_data(PROFILES[PROFILE].data).prompts("train"))
+        row = {"arm": arm, "kind": config["kind"], "prompts": prompts, "seeds": len(runs)}
+        parts = frame, frame[frame["between_samples"]]
+        for name, part in zip(PAIRS.values(), parts, strict=True):
+            found = clustered_interval(part["correct"], part["prompt_id"], samples)
+            rows.append({**row, "pairs": name, **found})
+    return pd.DataFrame(rows)
+
+
+def difference_table(
+    results: Path, arms: Sequence[str], reference: str, pairs: Sequence[Pair], samples: int
+) -> pd.DataFrame:
+    """Compare arms with a reference arm, pair by pair, over the seeds that both have.
+
+    Returns:
+        A row per other arm that has runs: arm, label, reference, `seeds` (how many), and what the
+        arm has more than the reference, with `_low` and `_high`: `accuracy`, `model_pairs`, and
+        `nll`, blank if the kinds differ, since only ten classes pay for ties.
+
+    Raises:
+        ResultsError: if the reference has no runs, or no seed in common with an arm.
+    """
+    found = study_arms(results, [reference, *arms], pairs, samples)
+    if reference not in found:
+        raise ResultsError(
+            f"the reference arm {reference!r} has no run: publish {PROFILE}-rm_{reference}_s0, or "
+            "choose a reference that has one"
+        )
+    base = found.pop(reference)
+    rows = [
+        {"arm": arm, "label": ARMS[arm].label, "reference": reference}
+        | _difference(arm, runs, reference, base, pairs, samples)
+        for arm, runs in found.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def ensemble_accuracy(runs: Sequence[Run], pairs: Sequence[Pair], samples: int) -> dict[str, float]:
+    """Return the accuracy of the mean of the seeds' rewards, with its interval.
+
+    Each seed's rewards count in standard deviations over the responses that it scored.
+    """
+    gaps = []
+    for run, frame in zip(runs, seed_frames(runs, pairs, samples), strict=True):
+        rewards = [row["reward"] for row in read_jsonl(run.directory / "samples.jsonl")]
+        gaps.append((frame["chosen_reward"] - frame["rejected_reward"]) / np.std(rewards))
+    correct = (np.sign(np.mean(gaps, axis=0)) + 1) / 2
+    return clustered_interval(correct, [pair.prompt_id for pair in pairs], samples)
+
+
+def versus_rules(table: pd.DataFrame, rules: pd.DataFrame) -> pd.DataFrame:
+    """Hold each arm against the best rule that reads the text.
+
+    Args:
+        table: of `accuracy_table`.
+        rules: of `rules_table`.
+
+    Returns:
+        A row per arm and kind of pairs ("all pairs", "between samples"): arm, label, pairs,
+        `accuracy`, the most accurate `rule` there and its `rule_accuracy`, both with `_low` and
+        `_high`, and `above`: whether the arm's interval lies above the rule's.
+    """
+    rows, text = [], rules[rules["reads_text"]]
+    for column, name in PAIRS.items():
+        best = text.loc[text[column].idxmax()]
+        for arm in table.to_dict("records"):
+            row = {"arm": arm["arm"], "label": arm["label"], "pairs": name, "rule": best["rule"]}
+            for end in ("", "_low", "_high"):
+                row[f"accuracy{end}"] = arm[f"{column}{end}"]
+                row[f"rule_accuracy{end}"] = best[f"{column}{end}"]
+            rows.append(row | {"above": row["accuracy_low"] > row["rule_accuracy_high"]})
+    return pd.DataFrame(rows)
+
+
+def _accuracy_row(
+    arm: str, runs: Sequence[Run], pairs: Sequence[Pair], samples: int
+) -> dict[str, Any]:
+    frame, kind = pair_frame(runs, pairs, samples), runs[0].info["config"]["kind"]
+    # Rounded first: on a mapped scale a gap of 1 may be a hair above it.
+    gaps = np.ceil(frame["gap"].round(6)).clip(upper=3)
+    accuracies = pd.Series(rows["correct"].mean() for rows in seed_frames(runs, pairs, samples))
+    errors = pd.DataFrame(
+        expected_calibration_error(
+            frame[f"p_{run.info['seed']}"], frame["prompt_id"], BINS, samples
+        )
+        for run in runs
+    )
+    return {
+        "arm": arm,
+        "label": ARMS[arm].label,
+        "kind": kind,
+        "seeds": len(runs),
+        **_accuracies(frame, samples),
+        "accuracy_sd": accuracies.std(),
+        **{f"gap_{gap}": frame.loc[gaps == gap, "correct"].mean() for gap in (1, 2, 3)},
+        **_interval("nll", frame, "nll", samples),
+        "nll_constant": _constant_loss(kind),
+        **_named("ece", errors.mean()),
+        "minutes": np.mean([run.metrics()["seconds"].sum() / 60 for run in runs]),
+    }
+
+
+def _difference(
+    arm: str,
+    runs: Sequence[Run],
+    reference: str,
+    base: Sequence[Run],
+    pairs: Sequence[Pair],
+    samples: int,
+) -> dict[str, Any]:
+    shared = {run.info["seed"] for run in runs} & {run.info["seed"] for run in base}
+    if not shared:
+        raise ResultsError(f"{arm!r} and {reference!r} have no seed in common: train one of both")
+    first, second = (
+        pair_frame([run for run in side if run.info["seed"] in shared], pairs, samples)
+        for side in (runs, base)
+    )
+    change = first[["prompt_id", "between_samples"]].copy()
+    change[["correct", "nll"]] = first[["correct", "nll"]] - second[["correct", "nll"]]
+    nll = dict.fromkeys(("nll", "nll_low", "nll_high"), math.nan)
+    if runs[0].info["config"]["kind"] == base[0].info["config"]["kind"]:
+        nll = _interval("nll", change, "nll", samples)
+    return {"seeds": len(shared), **_accuracies(change, samples), **nll}
+
+
+def _accuracies(frame: pd.DataFrame, samples: int) -> dict[str, float]:
+    between = frame[frame["between_samples"]]
+    return {
+        **_interval("accuracy", frame, "correct", samples),
+        **_interval("model_pairs", between, "correct", samples),
+    }
+
+
+def _interval(name: str, frame: pd.DataFrame, column: str, samples: int) -> dict[str, float]:
+    return _named(name, clustered_interval(frame[column], frame["prompt_id"], samples))
+
+
+def _named(name: str, found: Mapping[str, float]) -> dict[str, float]:
+    return {name: found["value"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
+
+
+def _constant_loss(kind: str) -> float:
+    """Return -log P(chosen wins) of the best output that is the same for every response."""
+    flat = torch.zeros(1, KINDS[kind])
+    return (rating_pair_loss if KINDS[kind] > 1 else bradley_terry_loss)(flat, flat).item()

@@ -1,0 +1,142 @@
+"""The published runs of the reward-model study, and what they say of each test pair.
+
+An arm is one way to train a reward model, a run is one seed of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from utils.results import ResultsError, Run, read_json
+from utils.reward_evaluation import pair_metrics
+from utils.sources import Pair
+
+PROFILE = "cpu"  # the profile that the arms vary
+# By file: when it was written, the pairs, and their rows. Several tables need the same runs.
+_rows: dict[Path, tuple[int, tuple[Pair, ...], pd.DataFrame]] = {}
+
+
+def study_runs(results: Path, arm: str) -> list[Run]:
+    """Return an arm's runs, the folders `cpu-rm_<arm>_s<seed>`, by seed; empty if it has none.
+
+    Raises:
+        ResultsError: if a run is not finished, or has another seed than its name says.
+    """
+    name = re.compile(rf"{PROFILE}-rm_{re.escape(arm)}_s(\d+)")
+    found = {int(m[1]): path for path in results.glob("*") if (m := name.fullmatch(path.name))}
+    runs = []
+    for seed, path in sorted(found.items()):
+        info = read_json(path / "run.json")
+        if info["status"] != "finished":
+            raise ResultsError(
+                f"{path.name} is not finished, its status is {info['status']!r}: let it finish and "
+                "publish it again, or remove its folder"
+            )
+        if info["seed"] != seed:
+            raise ResultsError(
+                f"{path.name} was trained with seed {info['seed']}: name its folder after that "
+                f"seed, or publish the run with seed {seed}"
+            )
+        runs.append(Run(path, info["config"], seed, info["data_fingerprint"]))
+    return runs
+
+
+def study_arms(
+    results: Path,
+    arms: Iterable[str],
+    pairs: Sequence[Pair],
+    samples: int,
+    across_sizes: bool = False,
+) -> dict[str, list[Run]]:
+    """Return the runs of each arm that has some, once it is sure that they compare.
+
+    Args:
+        results: the folder of published runs.
+        arms: their names; one without runs is left out.
+        pairs: the test pairs.
+        samples: bootstrap resamples.
+        across_sizes: whether arms may differ in `data.train_prompts`, which changes the data's
+            fingerprint; those that agree in it must still have the same.
+
+    Raises:
+        ResultsError: naming two runs that were trained on different data or scored different
+            responses.
+    """
+    found = {arm: runs for arm in arms if (runs := study_runs(results, arm))}
+    everything = [run for runs in found.values() for run in runs]
+    first: dict[int | None, Run] = {}
+    for run in everything:
+        size = run.info["config"]["data.train_prompts"] if across_sizes else None
+        other = first.setdefault(size, run)
+        prints = [r.info["config"]["data.fingerprint"] for r in (other, run)]
+        if prints[0] != prints[1]:
+            raise ResultsError(
+                f"{other.directory.name} and {run.directory.name} were trained on different data "
+                f"(fingerprints {prints[0]} and {prints[1]}) and do not compare: train both on the "
+                "same and publish them again, or leave one out"
+            )
+    seed_frames(everything, pairs, samples)
+    return found
+
+
+def seed_frames(runs: Sequence[Run], pairs: Sequence[Pair], samples: int) -> list[pd.DataFrame]:
+    """Return the rows of `pair_metrics` of each run.
+
+    Raises:
+        ResultsError: naming two runs that scored different responses, or one that scored others
+            than the pairs'.
+    """
+    frames = [_pair_rows(run, pairs, samples) for run in runs]
+    same = ["prompt_id", "chosen", "rejected", "gap"]
+    for run, frame in zip(runs, frames, strict=True):
+        if not frame[same].equals(frames[0][same]):
+            raise ResultsError(
+                f"{runs[0].directory.name} and {run.directory.name} scored different responses and "
+                "do not compare: score both on the same test pairs and publish them again"
+            )
+    texts = [(pair.chosen.text, pair.rejected.text) for pair in pairs]
+    if frames and list(zip(frames[0]["chosen"], frames[0]["rejected"], strict=True)) != texts:
+        raise ResultsError(_other_pairs(runs[0]))
+    return frames
+
+
+def pair_frame(runs: Sequence[Run], pairs: Sequence[Pair], samples: int) -> pd.DataFrame:
+    """Average an arm's seeds, pair by pair.
+
+    Returns:
+        A row per pair: prompt_id, category, prompt, gap, between_samples, chosen, rejected; means
+        over the seeds of `correct`, `nll` (-log P(chosen wins)) and `nll_untied` (the same, given
+        that there is no tie); and that probability, given no tie, of each seed: `p_<seed>`.
+    """
+    frames = seed_frames(runs, pairs, samples)
+    columns = ["prompt_id", "category", "prompt", "gap", "between_samples", "chosen", "rejected"]
+    table = frames[0][columns].copy()
+    table["correct"] = np.mean([frame["correct"] for frame in frames], axis=0)
+    table["nll"] = -np.mean([frame["log_p"] for frame in frames], axis=0)
+    table["nll_untied"] = -np.mean([np.log(frame["p"]) for frame in frames], axis=0)
+    for run, frame in zip(runs, frames, strict=True):
+        table[f"p_{run.info['seed']}"] = frame["p"]
+    return table
+
+
+def _pair_rows(run: Run, pairs: Sequence[Pair], samples: int) -> pd.DataFrame:
+    path = run.directory / "samples.jsonl"
+    written, wanted = path.stat().st_mtime_ns, tuple(pairs)
+    if path not in _rows or _rows[path][:2] != (written, wanted):
+        try:
+            _rows[path] = (written, wanted, pair_metrics(run, pairs, samples)[0])
+        except KeyError as error:
+            raise ResultsError(_other_pairs(run)) from error
+    return _rows[path][2]
+
+
+def _other_pairs(run: Run) -> str:
+    return (
+        f"{run.directory.name} scored other responses than those of the test pairs: use the data "
+        "that it was trained on, or train it again and publish it"
+    )
