@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils.results import GLOSSARY, RESULTS, read_json
+from utils.environment import RESULTS
+from utils.results import GLOSSARY, read_json
 
 PROFILE = "quick"  # the profile whose published runs are summarised
 KINDS = ("scalar", "ordinal")

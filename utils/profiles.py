@@ -105,12 +105,12 @@ def load_profile(
     name = os.environ.get("REPORT_PROFILE") or name or "quick"
     if name.endswith(".json"):
         base, fields = _read_profile(ROOT / name)
-        profile = _replace(dataclasses.replace(base, name=Path(name).stem), fields)
+        profile = with_fields(dataclasses.replace(base, name=Path(name).stem), fields)
     elif name in PROFILES:
         profile = PROFILES[name]
     else:
         raise ConfigError(f"unknown profile {name!r}{_nearest(name, list(PROFILES))}")
-    return _replace(profile, {**({} if seed is None else {"seed": seed}), **(overrides or {})})
+    return with_fields(profile, {**({} if seed is None else {"seed": seed}), **(overrides or {})})
 
 
 def _read_profile(path: Path) -> tuple[Profile, dict[str, Any]]:
@@ -129,8 +129,14 @@ def _read_profile(path: Path) -> tuple[Profile, dict[str, Any]]:
     return PROFILES[base], fields
 
 
-def _replace(profile: Profile, fields: Mapping[str, Any]) -> Profile:
-    """Replace fields, those of one section together: they are checked against each other."""
+def with_fields(profile: Profile, fields: Mapping[str, Any]) -> Profile:
+    """Return the profile with `{"section.field": value}` replaced.
+
+    The fields of one section are replaced together, since they are checked against each other.
+
+    Raises:
+        ConfigError: naming the closest known names if a field is unknown.
+    """
     names, sections = known_fields(profile), {}
     for key, value in fields.items():
         if key not in names or key == "name":

@@ -21,8 +21,6 @@ from utils.config import Profile, config_hash
 from utils.distributed import processes
 from utils.environment import ROOT, environment, peak_rss_gb
 
-RESULTS = ROOT / "results"  # what is published
-
 # What every column of every metrics.csv means: the README's glossary.
 GLOSSARY = {
     "step": "optimiser step, from 1",

@@ -118,7 +118,8 @@ def difference_table(
         | _difference(arm, runs, reference, base, pairs, samples)
         for arm, runs in found.items()
     ]
-    return pd.DataFrame(rows)
+    ends = [f"{name}{end}" for name in (*PAIRS, "nll") for end in ("", "_low", "_high")]
+    return pd.DataFrame(rows, columns=["arm", "label", "reference", "seeds", *ends])
 
 
 def ensemble_accuracy(runs: Sequence[Run], pairs: Sequence[Pair], samples: int) -> dict[str, float]:
@@ -148,6 +149,8 @@ def versus_rules(table: pd.DataFrame, rules: pd.DataFrame) -> pd.DataFrame:
     """
     rows, text = [], rules[rules["reads_text"]]
     for column, name in PAIRS.items():
+        if text[column].isna().all():  # no pair is known to be between samples
+            continue
         best = text.loc[text[column].idxmax()]
         for arm in table.to_dict("records"):
             row = {"arm": arm["arm"], "label": arm["label"], "pairs": name, "rule": best["rule"]}

@@ -17,7 +17,7 @@ from typing import Any
 from utils.config import Profile
 from utils.environment import quiet
 from utils.pipeline import REWARD_FIELDS, open_stage, prepared_data, stage_config, train_and_score
-from utils.profiles import load_profile
+from utils.profiles import PROFILES, with_fields
 from utils.results import Run
 
 HEADLINE_SEEDS = (0, 1, 2)
@@ -95,8 +95,8 @@ ARMS: dict[str, Arm] = {
 
 
 def arm_profile(name: str, seed: int) -> Profile:
-    """Return the profile of an arm; an unknown name is a KeyError."""
-    return load_profile("cpu", dict(ARMS[name].changes), seed)
+    """Return the profile of an arm, whatever REPORT_PROFILE says; an unknown name is a KeyError."""
+    return with_fields(PROFILES["cpu"], {**ARMS[name].changes, "seed": seed})
 
 
 def study_stage(name: str, seed: int) -> Run:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from utils.environment import quiet
+from utils.environment import RESULTS, ROOT, quiet
 from utils.front_page import (
     KINDS,
     PROFILE,
@@ -22,7 +22,7 @@ from utils.front_page import (
     test_table,
 )
 from utils.profiles import PROFILES
-from utils.results import RESULTS, ROOT, read_json, write_json
+from utils.results import read_json, write_json
 
 # The two reward models that policies are trained against, as arms of the study: see
 # utils/published.py, which a test holds equal.

@@ -371,6 +371,14 @@ def test_beats_sft_averages_the_samples_of_the_other_batch():
     own = group_of("p0", [(1.0, point(5))])
     rivals = [(1.0, point(rating), "model", 0.7) for rating in (3, 5, 8, 9)]
     assert beats([own, group_of("p0", rivals, batch=2)])[0] == pytest.approx((1 + 0.5) / 4)
+    wide = np.random.default_rng(0).normal(size=(3, CLASSES)) * 2
+    first, *others = [np.exp(z) / np.exp(z).sum() for z in wide]
+    counts = np.tri(CLASSES, k=-1) + np.eye(CLASSES) / 2  # of rating i against j
+    rivals = [(1.0, z, "model", 0.7) for z in wide[1:]]
+    found = beats([group_of("p0", [(1.0, wide[0])]), group_of("p0", rivals, batch=2)])
+    assert found[0] == pytest.approx(first @ counts @ np.mean(others, axis=0), abs=1e-6), (
+        "probabilities are averaged, not their logarithms"
+    )
 
 
 def test_without_an_sft_sample_those_of_the_other_prompts_are_averaged():
@@ -411,13 +419,14 @@ def test_groups_in_which_all_samples_tie_are_left_out():
 
 
 def test_ties_of_the_criterion_are_averaged():
-    shifted = [value + 1e-6 for value in SURE.tolist()]
-    entries = [(1.0, SURE), (6.0, shifted), (8.0, given_p(r4=1.0))]
+    entries = [(1.0, SURE), (6.0, SURE), (8.0, point(4))]
     found = picks([group_of("p0", entries)], ["mean", "quantile_10"])
     assert found["rating"].tolist() == [3.5, 3.5], "the first of two equals was taken"
     assert found["top"].tolist() == [0, 0]
-    half = picks([group_of("p0", [(1.0, SURE), (6.0, SURE)])], ["mean"]).loc["mean"]
-    assert half["top"] == 0.5
+    half = picks([group_of("p0", [(1.0, [3.0]), (6.0, [3.000004])])], ["mean"]).loc["mean"]
+    assert half[["rating", "top"]].tolist() == [3.5, 0.5], "the last decimal is rounding"
+    clear = picks([group_of("p0", [(1.0, [3.0]), (6.0, [3.0001])])], ["mean"]).loc["mean"]
+    assert clear[["rating", "top"]].tolist() == [6, 1]
 
 
 def test_copies_of_a_response_are_candidates_of_their_own():

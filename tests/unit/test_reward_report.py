@@ -108,12 +108,12 @@ def triple(row, name):
 def test_runs_of_an_arm_by_seed_and_no_others(tmp_path):
     for name in ("margin_s10", "margin_s2", "margin_10_s0", "margin_s1@0123", "xmargin_s0"):
         (tmp_path / f"cpu-rm_{name}").mkdir()
-    for seed in (10, 2):
+    for seed in (10, 2, 7, 0, 31, 4):
         write_run(tmp_path, f"margin_s{seed}", FIRST)
     write_run(tmp_path, "margin_10_s0", FIRST)
     runs = study_runs(tmp_path, "margin")
-    assert [run.directory.name for run in runs] == ["cpu-rm_margin_s2", "cpu-rm_margin_s10"]
-    assert [run.info["seed"] for run in runs] == [2, 10]
+    assert [run.info["seed"] for run in runs] == [0, 2, 4, 7, 10, 31]
+    assert [run.directory.name for run in runs[:2]] == ["cpu-rm_margin_s0", "cpu-rm_margin_s2"]
     assert study_runs(tmp_path, "soft") == []
 
 

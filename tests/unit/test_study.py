@@ -58,6 +58,11 @@ def test_arms_differ_from_the_profile_in_what_they_name_only():
         assert changed == set(arm.changes), name
 
 
+def test_the_study_does_not_follow_the_notebooks_profile(monkeypatch):
+    monkeypatch.setenv("REPORT_PROFILE", "smoke")
+    assert arm_profile("margin", 0) == dataclasses.replace(PROFILES["cpu"], seed=0)
+
+
 def test_wrong_arms_are_named(capsys):
     with pytest.raises(SystemExit):
         study.main(["margin", "margn"])
