@@ -20,11 +20,12 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", 
 
 
 def environment() -> dict[str, Any]:
-    """Return library versions, Python version, device, and the commit with its dirty flag."""
+    """Return versions, device, threads, and the commit with its dirty flag."""
     return {
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "device": device_name(),
+        "threads": torch.get_num_threads(),
         **_git_state(),
     }
 

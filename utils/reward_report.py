@@ -53,7 +53,7 @@ def accuracy_table(
         `ece` (both ends of the interval are means over the seeds, too); `accuracy_sd` between
         seeds, blank for one; `gap_1`, `gap_2` and `gap_3`, accuracy at a rating gap of up to 1, up
         to 2, and more; `nll_constant`, what the best constant output pays; and `minutes` of
-        training, mean over seeds.
+        training, mean over the seeds that were trained on more than one thread; blank if none.
     """
     found = study_arms(results, arms, pairs, samples)
     return pd.DataFrame([_accuracy_row(arm, found[arm], pairs, samples) for arm in found])
@@ -185,8 +185,14 @@ def _accuracy_row(
         **_interval("nll", frame, "nll", samples),
         "nll_constant": _constant_loss(kind),
         **_named("ece", errors.mean()),
-        "minutes": np.mean([run.metrics()["seconds"].sum() / 60 for run in runs]),
+        "minutes": _minutes(runs),
     }
+
+
+def _minutes(runs: Sequence[Run]) -> float:
+    """Return the mean training time of the runs that had more than one core to themselves."""
+    alone = [run for run in runs if run.info.get("threads", 1) > 1]
+    return float(np.mean([run.metrics()["seconds"].sum() / 60 for run in alone] or [math.nan]))
 
 
 def _difference(

@@ -61,7 +61,8 @@ def write_run(results, name, outputs, prompts=None, groups=GROUPS, **changes):
     folder, seed = results / f"cpu-rm_{name}", int(name.rpartition("_s")[2])
     kind = "ordinal" if isinstance(outputs[0], dict) else "scalar"
     config = {"kind": kind, "data.fingerprint": "f" * 16, "data.train_prompts": prompts}
-    info = {"status": "finished", "seed": seed, "config": config, "seconds": 9e9} | changes
+    info = {"status": "finished", "seed": seed, "config": config, "seconds": 9e9, "threads": 2}
+    info |= changes
     info["config"] = config | changes.get("config", {})
     write_json(folder / "run.json", info | {"data_fingerprint": info["config"]["data.fingerprint"]})
     for step, seconds in enumerate((30.0, 60.0 * (1 + seed)), start=1):
@@ -194,6 +195,15 @@ def test_accuracy_by_hand(results):
     assert row["accuracy_sd"] == pytest.approx(0.3 / math.sqrt(2)), "the seeds have .7 and 1"
     assert [row[f"gap_{n}"] for n in (1, 2, 3)] == pytest.approx([0.5, 1, 2.75 / 3])
     assert row["minutes"] == pytest.approx((1.5 + 2.5) / 2)
+
+
+def test_only_runs_with_both_cores_are_timed(results):
+    write_run(results, "margin_s1", SECOND, threads=1)
+    write_run(results, "pairwise_s0", TEN, threads=1)
+    write_run(results, "pairwise_s1", TEN, threads=1)
+    margin, pairwise = accuracy_table(results, ["margin", "pairwise"], PAIRS, 20)["minutes"]
+    assert margin == pytest.approx(1.5)
+    assert math.isnan(pairwise)
 
 
 def test_likelihood_and_its_constant_by_hand(results):
