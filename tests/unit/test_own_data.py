@@ -124,7 +124,7 @@ def test_answers_that_are_numbers_stay_texts(tmp_path: Path):
 
 
 def test_the_run_is_of_this_data(copy: Path, outputs: dict[str, str], data: PreferenceData):
-    assert list(outputs) == ["01", "02", "03", "04", "05", "06"]
+    assert list(outputs) == ["01", "02", "03", "04", "05", "06", "09"]
     assert not any(path.parent.name == "failed" for path in copy.glob("runs/mine/*/*.ipynb"))
     counts = pd.read_csv(copy / "runs/mine/tables/01_counts.csv").set_index("split")
     assert counts["prompts"].to_dict() == {"train": 8, "validation": 4, "test": 4}
@@ -147,7 +147,8 @@ def lines(path: Path) -> set[str]:
 
 def test_the_notebooks_say_what_the_data_lacks(copy: Path, outputs: dict[str, str]):
     """And no row of a table is without a number."""
-    first, *_, last = executed(copy)
+    first, *_, last, study = executed(copy)
+    assert study.name.startswith("09"), "it speaks of the embedded set, whatever the data"
     assert (
         "this set has no temperatures, no references, no names of what wrote a response, "
         "no categories, no responses that were cut off"
