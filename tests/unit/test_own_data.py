@@ -136,7 +136,8 @@ def test_the_run_is_of_this_data(copy: Path, outputs: dict[str, str], data: Pref
     runs = {path.parent.name for path in copy.glob("runs/mine/*/run.json")}
     assert runs >= {"reward_scalar", "reward_ordinal", "align_scalar", "align_ordinal", "test_sft"}
     assert (copy / "runs/mine/figures/06_curves.png").exists()
-    assert not (copy / "results").exists()
+    published = [{path.name for path in (root / "results").iterdir()} for root in (copy, REPO)]
+    assert published[0] == published[1], "nothing of one's own data is published"
 
 
 def lines(path: Path) -> set[str]:
