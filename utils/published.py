@@ -40,7 +40,7 @@ from utils.study import ARMS, arm_profile
 
 MODELS = ROOT / "results" / "models"
 INDEX = MODELS / "index.json"
-# Chosen on validation, see results/LOG.md: name -> arm, seed.
+# What the names stand for until validation has chosen: name -> arm, seed.
 CHOSEN = {"scalar": ("margin", 0), "ordinal": ("pairwise", 0)}
 NAMES = (*CHOSEN, "judge")
 

@@ -69,7 +69,7 @@ def train_reward_model(
     and twice the passes in a step: the steps stay the same.
 
     Args:
-        kind: "scalar" (Bradley-Terry with margin) or "ordinal" (ten classes, pairwise loss).
+        kind: "scalar" or "ordinal"; the profile names the loss of each.
         profile: where `reward`, `model` and `seed` come from.
         groups: training groups.
         run: the run to log to.

@@ -4,7 +4,7 @@
     python -m utils.study margin pairwise:1  # an arm with all its seeds, one seed of another
 
 A finished arm lands in runs/cpu/rm_<arm>_s<seed>; one that was stopped goes on from its last
-checkpoint. `make publish PROFILE=cpu` copies what is there into results/.
+checkpoint. `python -m utils.published` copies what is there into results/, `make study` does both.
 """
 
 from __future__ import annotations

@@ -22,11 +22,9 @@ from utils.front_page import (
     test_table,
 )
 from utils.profiles import PROFILES
+from utils.published import CHOSEN
 from utils.results import read_json, write_json
 
-# The two reward models that policies are trained against, as arms of the study: see
-# utils/published.py, which a test holds equal.
-CHOSEN = {"scalar": ("margin", 0), "ordinal": ("pairwise", 0)}
 # Name in summary.json -> column of the study's table, and of the rules' the column of their count.
 METRICS = {
     "accuracy": "accuracy",
@@ -65,8 +63,7 @@ def update() -> None:
     from utils.memory_plan import plan_table
 
     plan_table(PROFILES["full"]).to_csv(RESULTS / "tables" / "memory_plan.csv", float_format="%.4g")
-    summary = headline()
-    write_json(RESULTS / "summary.json", summary)
+    write_json(RESULTS / "summary.json", headline())
     readme = ROOT / "README.md"
     readme.write_text(fill(readme.read_text(), render()))
 
