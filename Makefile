@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed-$(shell cksum < $(LOCK) | tr -s ' \t' '-')
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help run publish study address test clean
+.PHONY: help run publish study policies address test clean
 
 help: ## list the targets (default)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,10 @@ publish: $(STAMP) ## copy what runs/PROFILE/ holds into results/, notebooks/ and
 study: $(STAMP) ## train what is missing of the reward-model study (hours), publish it to results/
 	@$(BIN) -m utils.study
 	@$(BIN) -m utils.judge
+	@$(BIN) -m utils.published
+
+policies: $(STAMP) ## align what is missing of the policy study (hours), publish it to results/
+	@$(BIN) -m utils.policy_study
 	@$(BIN) -m utils.published
 
 address: ## URL=https://github.com/me/fork: write another address into badges and notebooks

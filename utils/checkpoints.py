@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
+from utils.environment import ROOT
 from utils.estimator import Baseline
 from utils.results import ResultsError, atomic_write
 
@@ -62,8 +63,8 @@ def load_checkpoint(
     return 0
 
 
-def load_adapter(directory: Path, policy: PeftModel) -> None:
-    """Load the adapter of the newest checkpoint into `policy`, for evaluation.
+def load_adapter(directory: Path, policy: PeftModel) -> int:
+    """Load the adapter of the newest checkpoint into `policy`, and return its step.
 
     Raises:
         ResultsError: if the run has no checkpoint, or the last one cannot be read.
@@ -77,6 +78,17 @@ def load_adapter(directory: Path, policy: PeftModel) -> None:
     except Exception as error:
         raise ResultsError(f"{newest[-1].name} cannot be read; {remedy}") from error
     set_peft_model_state_dict(policy, state["adapter"])
+    return state["step"]
+
+
+def last_checkpoint(directory: Path) -> str:
+    """Say in a sentence which checkpoint of a run is the last one, and where it is."""
+    if not (found := _all(directory)):
+        return "There is no checkpoint yet."
+    newest = found[-1]
+    path = newest.relative_to(ROOT) if newest.is_relative_to(ROOT) else newest
+    step = int(newest.stem.removeprefix("step-"))
+    return f"The last good checkpoint is that of step {step}: {path.as_posix()}."
 
 
 def _folder(directory: Path) -> Path:

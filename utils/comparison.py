@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from utils.config import Profile
-from utils.data import Prompt
-from utils.evaluation import evaluate_policy
+from utils.evaluation import Scorer, evaluate_policy
 from utils.pipeline import (
     ALIGN_FIELDS,
     align_stage,
@@ -19,55 +19,76 @@ from utils.pipeline import (
     open_stage,
     prepared_data,
     reward_scale,
-    reward_stage,
     stage_config,
 )
+from utils.profiles import with_fields
 from utils.results import read_jsonl, write_jsonl
-from utils.rewards import KINDS, RewardModel
+from utils.rewards import KINDS
 
 Loader = Callable[[], tuple[PeftModel, PreTrainedTokenizerBase]]
 
 
 class Comparison:
-    """Evaluates policies on the same prompts with both reward models, loading each model once.
+    """Evaluates policies on the same prompts with the same reward models.
 
     Attributes:
         profile: what is compared.
-        scales: mean and standard deviation of the SFT rewards, by kind of reward model.
+        reward_models: what scores the completions, by name.
+        scales: mean and standard deviation of the SFT rewards, by name of the reward model.
     """
 
-    def __init__(self, profile: Profile) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        reward_models: Mapping[str, Scorer],
+        fields: tuple[str, ...] = ALIGN_FIELDS,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Load the SFT model and measure the scale of each reward.
+
+        Args:
+            profile: see above.
+            reward_models: see above.
+            fields: sections and fields of the profile that shape an evaluation.
+            facts: what else does.
+        """
         self.profile = profile
-        self.reward_models: dict[str, RewardModel] = {
-            kind: reward_stage(kind, profile)[0] for kind in KINDS
-        }
-        self.scales = {
-            kind: reward_scale(model, profile) for kind, model in self.reward_models.items()
-        }
+        self.reward_models = reward_models
+        self.scales = {name: reward_scale(model, profile) for name, model in reward_models.items()}
+        self._fields, self._facts = fields, facts or {}
         self._sft = load_sft(profile)
 
     def policies(self) -> dict[str, pd.DataFrame]:
-        """Evaluate every policy and control on the test prompts, the SFT model first.
+        """Evaluate the SFT model, its controls, and the profile's policy of each kind.
 
         Returns:
             Rows of `evaluate_policy` by policy, with the rewards in SFT standard deviations.
         """
+        frames = self.controls()
         temperature = self.profile.reinforce.temperature
-        best = self.best_temperature()
-        unquantised = replace(self.profile, model=replace(self.profile.model, quantization="none"))
-        frames = {
-            "sft": self.evaluate("sft", lambda: self._sft, temperature),
-            "sft_best": self.evaluate("sft_best", lambda: self._sft, best),
-            "sft_greedy": self.evaluate("sft_greedy", lambda: self._sft, 0.0),
-            "sft_16bit": self.evaluate(
-                "sft_16bit", lambda: load_sft(unquantised), temperature, reference=False
-            ),
-        }
         for kind in KINDS:
             frames[f"align_{kind}"] = self.evaluate(
                 f"align_{kind}", lambda kind=kind: align_stage(kind, self.profile)[:2], temperature
             )
         return frames
+
+    def controls(self) -> dict[str, pd.DataFrame]:
+        """Evaluate the SFT model, first, at its best temperature, greedy, and in 16 bits."""
+        temperature = self.profile.reinforce.temperature
+        best = self.best_temperature()
+        unquantised = replace(self.profile, model=replace(self.profile.model, quantization="none"))
+        return {
+            "sft": self.evaluate("sft", self.sft, temperature),
+            "sft_best": self.evaluate("sft_best", self.sft, best),
+            "sft_greedy": self.evaluate("sft_greedy", self.sft, 0.0),
+            "sft_16bit": self.evaluate(
+                "sft_16bit", lambda: load_sft(unquantised), temperature, reference=False
+            ),
+        }
+
+    def sft(self) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+        """Return the 4-bit SFT model and its tokenizer, loaded once."""
+        return self._sft
 
     def evaluate(
         self,
@@ -76,20 +97,37 @@ class Comparison:
         temperature: float,
         split: str = "test",
         reference: bool = True,
+        changes: Mapping[str, Any] | None = None,
+        **facts: Any,
     ) -> pd.DataFrame:
-        """Evaluate one policy, or read its finished evaluation."""
-        config = stage_config(
-            self.profile, ALIGN_FIELDS, policy=name, temperature=temperature, split=split
+        """Evaluate one policy, or read its finished evaluation.
+
+        Args:
+            name: of the policy; the stage is named `<split>_<name>`.
+            load: returns policy and tokenizer; called if they are needed.
+            temperature: of this policy; 0 is greedy.
+            split: whose prompts are answered.
+            reference: see `evaluate_policy`.
+            changes: fields in which the sampling differs from the profile.
+            facts: what else shapes this evaluation.
+        """
+        profile = with_fields(self.profile, changes or {})
+        facts = {"policy": name, "temperature": temperature, "split": split, **self._facts, **facts}
+        run, finished = open_stage(
+            profile, f"{split}_{name}", stage_config(profile, self._fields, **facts)
         )
-        run, finished = open_stage(self.profile, f"{split}_{name}", config)
         path = run.directory / "samples.jsonl"
         if not finished:
-            prompts = prepared_data(self.profile).prompts(split)
+            prompts = prepared_data(profile).prompts(split)
             print(
                 f"[{run.directory.name}] {len(prompts)} prompts at temperature {temperature}",
                 flush=True,
             )
-            frame = self._sampled(*load(), prompts, temperature, reference)
+            frame = evaluate_policy(
+                *load(), prompts, profile, temperature, self.reward_models, reference
+            )
+            for kind, (mean, std) in self.scales.items():
+                frame[f"reward_{kind}"] = (frame[f"reward_{kind}"] - mean) / std
             write_jsonl(path, frame.to_dict("records"))
             run.finish(scales=self.scales)
         return pd.DataFrame(read_jsonl(path))
@@ -98,38 +136,16 @@ class Comparison:
         """Choose the SFT model's temperature on the validation prompts.
 
         The candidates are `evaluation.sft_temperatures` and the training temperature; the best has
-        the highest mean of both standardised rewards.
+        the highest mean of all standardised rewards.
         """
         settings = self.profile
         candidates = {*settings.evaluation.sft_temperatures, settings.reinforce.temperature}
         means = {}
         for temperature in sorted(candidates):
-            frame = self.evaluate(
-                f"sft_T{temperature}", lambda: self._sft, temperature, "validation"
-            )
-            means[temperature] = frame[[f"reward_{kind}" for kind in KINDS]].to_numpy().mean()
+            frame = self.evaluate(f"sft_T{temperature}", self.sft, temperature, "validation")
+            rewards = frame[[f"reward_{name}" for name in self.reward_models]]
+            means[temperature] = rewards.to_numpy().mean()
         best = max(means, key=means.__getitem__)
         listed = ", ".join(f"{t}: {value:+.2f}" for t, value in means.items())
         print(f"[comparison] SFT reward on validation prompts by temperature: {listed}")
         return best
-
-    def _sampled(
-        self,
-        policy: PeftModel,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: list[Prompt],
-        temperature: float,
-        reference: bool,
-    ) -> pd.DataFrame:
-        frame = evaluate_policy(
-            policy,
-            tokenizer,
-            prompts,
-            self.profile,
-            temperature,
-            self.reward_models,
-            reference,
-        )
-        for kind, (mean, std) in self.scales.items():
-            frame[f"reward_{kind}"] = (frame[f"reward_{kind}"] - mean) / std
-        return frame

@@ -133,9 +133,13 @@ class ReinforceConfig:
     micro_batch: int | None = 8  # sequences per forward and backward pass; None: as memory allows
     max_grad_norm: float = 1.0
     eval_steps: int = 8  # held-out evaluation on validation prompts every this many steps
-    save_steps: int = 4
+    save_steps: int = 4  # not used with a kl_budget: then each evaluation saves
+    kl_budget: float | None = None  # nats; ends before the first evaluation whose KL is above this
     max_kl: float = 60.0  # nats; a batch mean above this stops the run
     min_entropy: float = 0.02  # nats per token; a batch mean below this stops the run
+    # Share of different word pairs in a step's completions; less stops the run. The SFT model has
+    # .5 (greedy) to .9; 32 copies of one answer have .03, a word said over and over less.
+    min_distinct_2: float = 0.1
 
     def __post_init__(self) -> None:
         known = ", ".join(BASELINES)
@@ -145,6 +149,10 @@ class ReinforceConfig:
         _require(enough, "reinforce.num_generations", self.num_generations, expected)
         _require(self.temperature > 0, "reinforce.temperature", self.temperature, "> 0")
         _require(self.steps > 0, "reinforce.steps", self.steps, "> 0")
+        share = 0 <= self.min_distinct_2 <= 1
+        _require(share, "reinforce.min_distinct_2", self.min_distinct_2, "from 0 to 1")
+        budget = self.kl_budget is None or self.kl_budget > 0
+        _require(budget, "reinforce.kl_budget", self.kl_budget, "None, or nats > 0")
 
 
 @dataclass(frozen=True)

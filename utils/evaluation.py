@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from utils.config import Profile
 from utils.data import Prompt
-from utils.rewards import RewardModel
 from utils.rollout import Rollout, batched_logprobs, sample, sampling_noise
 from utils.weights import encode_prompt
+
+
+class Scorer(Protocol):
+    """Whatever rewards responses: a reward model, the judge."""
+
+    def score(
+        self,
+        prompts: Sequence[Sequence[Mapping[str, str]]],
+        responses: Sequence[str],
+        finished: Sequence[bool],
+    ) -> Tensor:
+        """Return raw rewards, fp32 on the CPU, shape (rows,)."""
 
 
 def clustered_interval(
@@ -61,7 +74,7 @@ def evaluate_policy(
     prompts: Sequence[Prompt],
     profile: Profile,
     temperature: float,
-    reward_models: Mapping[str, RewardModel],
+    reward_models: Mapping[str, Scorer],
     reference: bool = True,
 ) -> pd.DataFrame:
     """Sample each prompt, score the completions, and measure the KL to the SFT policy.
@@ -111,28 +124,24 @@ def held_out_metrics(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     profile: Profile,
-    reward_models: Mapping[str, RewardModel],
-    mean: float,
-    std: float,
-) -> dict[str, float]:
-    """Return the `eval_*` metrics of the policy under its one reward model.
+    reward_models: Mapping[str, Scorer],
+    scales: Mapping[str, tuple[float, float]],
+) -> dict[str, float | None]:
+    """Return the `eval_*` metrics of the policy.
 
     Args:
         policy: the policy.
         tokenizer: the policy's.
         prompts: held-out prompts.
         profile: temperature, length limit, samples per prompt and seed.
-        reward_models: one, by its kind.
-        mean: of the SFT model's raw reward.
-        std: its standard deviation, the unit of `eval_reward`.
+        reward_models: "own", which gives `eval_reward`, and perhaps "judge", `eval_judge`.
+        scales: of each, mean and standard deviation of the SFT model's raw reward.
     """
     temperature = profile.reinforce.temperature
     frame = evaluate_policy(policy, tokenizer, prompts, profile, temperature, reward_models)
-    (kind,) = reward_models
+    rewards = {name: (frame[f"reward_{name}"] - mean) / std for name, (mean, std) in scales.items()}
     reward = clustered_interval(
-        (frame[f"reward_{kind}"] - mean) / std,
-        frame["prompt_id"],
-        profile.evaluation.bootstrap_samples,
+        rewards["own"], frame["prompt_id"], profile.evaluation.bootstrap_samples
     )
     return {
         "eval_reward": reward["value"],
@@ -140,6 +149,9 @@ def held_out_metrics(
         "eval_reward_high": reward["high"],
         "eval_kl": float(frame["kl"].mean()),
         "eval_mean_length": float(frame["length"].mean()),
+        "eval_finished": float(frame["finished"].mean()),
+        "eval_distinct_2": distinct_n(frame["response"]),
+        "eval_judge": float(rewards["judge"].mean()) if "judge" in rewards else None,
     }
 
 

@@ -6,30 +6,31 @@ configuration that shaped it are the same; see `utils.results.prepare`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import cache, partial
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import pandas as pd
-import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from utils.alignment import align_policy
 from utils.architecture import check_model
 from utils.checkpoints import load_adapter
 from utils.config import Profile, flatten
-from utils.data import Group, Pair, PreferenceData, Prompt, drop_long, load_data, require_splits
+from utils.data import Group, Pair, PreferenceData, drop_long, load_data, require_splits
 from utils.distributed import processes
-from utils.evaluation import evaluate_policy, held_out_metrics
+from utils.evaluation import Scorer, evaluate_policy
 from utils.memory_plan import describe, memory_plan, policy_micro_batch, reward_micro_groups
 from utils.models import load_policy
-from utils.reinforce import Monitor, train_policy
+from utils.profiles import with_fields
+from utils.reinforce import Monitor
 from utils.results import ResultsError, Run, prepare, read_jsonl, runs_dir, write_jsonl
 from utils.reward_evaluation import pair_metrics, scored_responses
 from utils.reward_training import train_reward_model
-from utils.rewards import RewardModel
-from utils.rollout import DECODED, Rollout
+from utils.rewards import KINDS, RewardModel
+from utils.rollout import DECODED
+from utils.sources import Message
 from utils.weights import encode_dialogue, encode_prompt, load_tokenizer
 
 SCALE_PROMPTS = 128  # training prompts whose SFT samples fix the unit of the reward
@@ -118,19 +119,31 @@ def train_and_score(
     return reward_model
 
 
+def trained_reward_models(profile: Profile) -> dict[str, RewardModel]:
+    """Return the reward models of a profile by kind, trained if they are not there yet."""
+    return {kind: reward_stage(kind, profile)[0] for kind in KINDS}
+
+
 @cache
 def sft_stage(profile: Profile) -> Run:
     """Sample the SFT policy on training prompts: its rewards there are the unit of all rewards."""
-    config = stage_config(profile, SFT_FIELDS)
-    run, finished = open_stage(profile, "sft_training_prompts", config)
+    return sample_sft("sft_training_prompts", profile, SCALE_PROMPTS, 1)
+
+
+def sample_sft(name: str, profile: Profile, prompts: int | None, samples: int) -> Run:
+    """Sample the SFT policy on the first training prompts (None: all), `samples` times each."""
+    config = stage_config(profile, SFT_FIELDS, prompts=prompts, samples=samples)
+    run, finished = open_stage(profile, name, config)
     if not finished:
         print(f"[{run.directory.name}] sampling the SFT model on training prompts", flush=True)
         policy, tokenizer = load_sft(profile)
-        prompts = prepared_data(profile).prompts("train")[:SCALE_PROMPTS]
-        temperature = profile.reinforce.temperature
-        single = replace(profile, evaluation=replace(profile.evaluation, samples_per_prompt=1))
+        chosen = prepared_data(profile).prompts("train")[:prompts]
         frame = evaluate_policy(
-            policy, tokenizer, prompts, single, temperature, {}, reference=False
+            *(policy, tokenizer, chosen),
+            with_fields(profile, {"evaluation.samples_per_prompt": samples}),
+            profile.reinforce.temperature,
+            {},
+            reference=False,
         )
         write_jsonl(run.directory / "samples.jsonl", frame.to_dict("records"))
         run.finish()
@@ -145,16 +158,20 @@ def load_sft(profile: Profile) -> tuple[PeftModel, PreTrainedTokenizerBase]:
 
 
 @cache
-def reward_scale(reward_model: RewardModel, profile: Profile) -> tuple[float, float]:
+def reward_scale(reward_model: Scorer, profile: Profile) -> tuple[float, float]:
     """Return mean and standard deviation of the SFT policy's reward on training prompts."""
     rows = read_jsonl(sft_stage(profile).directory / "samples.jsonl")
-    messages = {prompt.id: prompt.messages for prompt in prepared_data(profile).prompts("train")}
-    rewards = reward_model.score(
-        [messages[row["prompt_id"]] for row in rows],
-        [row["response"] for row in rows],
-        [row["finished"] for row in rows],
-    )
+    rewards = reward_model.score(*texts_of(rows, prepared_data(profile)))
     return rewards.mean().item(), rewards.std().item()
+
+
+def texts_of(
+    rows: Sequence[Mapping[str, Any]], data: PreferenceData
+) -> tuple[list[tuple[Message, ...]], list[str], list[bool]]:
+    """Return what `score` takes, of samples of training prompts: turns, responses, finished."""
+    messages = {prompt.id: prompt.messages for prompt in data.prompts("train")}
+    columns = ([row[name] for row in rows] for name in ("response", "finished"))
+    return [messages[row["prompt_id"]] for row in rows], *columns
 
 
 def align_stage(
@@ -162,7 +179,7 @@ def align_stage(
 ) -> tuple[PeftModel, PreTrainedTokenizerBase, Run]:
     """Align a policy with the reward model of a kind, or load the aligned policy.
 
-    `run.json` then holds `reward_mean` and `reward_std`, the scale of the SFT standard deviation.
+    See `align_policy` for what `run.json` then holds.
     """
     with processes().main_process_first():  # what is missing is made once
         policy, tokenizer = load_sft(profile)
@@ -172,31 +189,10 @@ def align_stage(
             load_adapter(run.directory, policy)
             return policy, tokenizer, run
         reward_model, _ = reward_stage(kind, profile)
-        mean, std = reward_scale(reward_model, profile)
-        run.save(reward_mean=mean, reward_std=std)
-
-    def reward_of(batch: list[Prompt], rollout: Rollout) -> torch.Tensor:
-        messages = [prompt.messages for prompt in batch]
-        return (reward_model.score(messages, rollout.texts, rollout.finished) - mean) / std
-
-    data = prepared_data(profile)
+        reward = reward_model, reward_scale(reward_model, profile)
     print_plan(profile)
-    train_policy(
-        policy,
-        tokenizer,
-        data.prompts("train"),
-        reward_of,
-        replace(profile.reinforce, micro_batch=policy_micro_batch(profile)),
-        profile.seed,
-        run,
-        partial(
-            held_out_metrics,
-            *(policy, tokenizer, data.prompts("validation"), profile),
-            *({kind: reward_model}, mean, std),
-        ),
-        monitor,
-    )
-    run.finish()
+    data = prepared_data(profile)
+    align_policy(policy, tokenizer, profile, data, run, reward, {"own": reward}, monitor)
     return policy, tokenizer, run
 
 

@@ -1,28 +1,35 @@
-"""Reward models by name: the chosen scalar and ten-class models and the judge, from results/models.
+"""Models by name, from results/models: the chosen reward models, the judge, aligned policies.
 
-    from utils.published import load_published
+    from utils.published import load_aligned, load_published
     judge = load_published("judge")
     judge.score(prompts, responses, finished)
+    policy, tokenizer = load_aligned("scalar")
 
-`python -m utils.published` puts the finished runs of the study and these models, in bf16, into
+`python -m utils.published` puts the finished runs of both studies and these models, in bf16, into
 results/.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from peft import set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from utils.checkpoints import load_adapter
 from utils.config import Profile
 from utils.environment import quiet
 from utils.judge import FOLDS, MEMBERS, Judge, Member, judge_folds
-from utils.pipeline import open_stage, prepared_data, stage_config
+from utils.pipeline import load_sft, open_stage, prepared_data, stage_config
+from utils.policy_arms import ARMS as POLICY_ARMS
+from utils.policy_arms import policy_profile
 from utils.probes import probe_pairs, run_probes
 from utils.publish import copy_run, read_record
 from utils.results import (
@@ -43,6 +50,8 @@ INDEX = MODELS / "index.json"
 # What the names stand for until validation has chosen: name -> arm, seed.
 CHOSEN = {"scalar": ("margin", 0), "ordinal": ("pairwise", 0)}
 NAMES = (*CHOSEN, "judge")
+POLICIES = "policies"  # the index's entry for aligned policies, by arm
+RUNS = ("rm_*", "judge_*", "probes", "trial_*", "sft_*", "align_*", "validation_*", "test_*")
 
 
 def load_published(name: str) -> RewardModel | Judge:
@@ -51,10 +60,7 @@ def load_published(name: str) -> RewardModel | Judge:
     Raises:
         ResultsError: if there is no such model, or a file is not the one that was published.
     """
-    index = read_json(INDEX)
-    if name not in index:
-        raise ResultsError(f"no published model {name!r}; there are: {', '.join(index)}")
-    entries = index[name]
+    entries = _published(name)
     if name != "judge":
         return _load(entries[0])
     members: dict[int, list[Member]] = {fold: [] for fold in range(FOLDS)}
@@ -64,35 +70,65 @@ def load_published(name: str) -> RewardModel | Judge:
     return Judge(judge_folds(data), members)
 
 
+def published_sums(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the SHA-256 of the files behind published models, which changes when they do.
+
+    Raises:
+        ResultsError: if there is no such model.
+    """
+    return {name: [entry["sha256"] for entry in _published(name)] for name in names}
+
+
+def load_aligned(arm: str) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Return the published policy of an arm of `utils.policy_arms`, seed 0, and its tokenizer.
+
+    Raises:
+        ResultsError: if there is no such policy, or its file is not the one that was published.
+    """
+    index = read_json(INDEX).get(POLICIES, {})
+    if arm not in index:
+        raise ResultsError(
+            f"no published policy {arm!r}; there are: {', '.join(index) or 'none'}. `make policies`"
+            " trains and publishes them"
+        )
+    state = _state(index[arm])
+    policy, tokenizer = load_sft(policy_profile(arm, index[arm]["seed"]))
+    set_peft_model_state_dict(policy, state)
+    return policy, tokenizer
+
+
 def main() -> None:
-    """Publish the study: runs, the adapters of the models that have a name, and their probes."""
+    """Publish both studies: runs, the adapters of what has a name, and the probes."""
     quiet()
     base = arm_profile("margin", 0)
     source, results = runs_dir(base), ROOT / "results"
-    index = {name: entries for name in NAMES if (entries := _entries(source, name))}
+    # What was not trained here stays as it was published.
+    index = read_record(INDEX)
+    index |= {name: entries for name in NAMES if (entries := _entries(source, name))}
+    aligned = {arm: _policy_entry(source, arm) for arm in POLICY_ARMS if _aligned(source, arm)}
+    if aligned:
+        index[POLICIES] = index.get(POLICIES, {}) | aligned
     write_json(INDEX, index)
     for name in NAMES:
         print(f"{name}: {'published' if name in index else 'not trained yet, see utils.study'}")
-    if index:
-        probe_stage(base, index)
-    records = [
-        path for kind in ("rm_*", "judge_*", "probes") for path in source.glob(f"{kind}/run.json")
-    ]
+    if any(name in index for name in NAMES):
+        probe_stage(base, [name for name in NAMES if name in index])
+    records = [path for kind in RUNS for path in source.glob(f"{kind}/run.json")]
     done = [p.parent for p in records if "@" not in p.parent.name and _finished(p.parent)]
     for run in sorted(done):
         copy_run(run, results / f"cpu-{run.name}")
     print(f"published {len(done)} runs")
 
 
-def probe_stage(profile: Profile, index: dict[str, list[dict[str, Any]]]) -> Run:
-    """Probe the published models on the test prompts: a `probes.csv` of all, by `series`."""
-    sums = {name: [entry["sha256"] for entry in entries] for name, entries in index.items()}
+def probe_stage(profile: Profile, names: Iterable[str]) -> Run:
+    """Probe published reward models on the test prompts: a `probes.csv` of all, by `series`."""
+    sums = published_sums(names)
     config = stage_config(profile, ("data", "model", "evaluation"), models=sums)
     run, finished = open_stage(profile, "probes", config)
     if finished:
         return run
     pairs, tables = probe_pairs(prepared_data(profile), "test"), []
-    for name in index:
+    for name in sums:
         print(f"[probes] scoring {name}", flush=True)
         model = load_published(name)
         table = run_probes(model.score, pairs, profile.evaluation.bootstrap_samples)
@@ -127,32 +163,61 @@ def _finished(run: Path) -> bool:
     return read_record(run / "run.json").get("status") == "finished"
 
 
+def _aligned(source: Path, arm: str) -> bool:
+    return _finished(source / f"align_{arm}_s0")
+
+
+def _policy_entry(source: Path, arm: str) -> dict[str, Any]:
+    """Publish the adapter of an arm's first seed and return its entry."""
+    run = source / f"align_{arm}_s0"
+    policy, _ = load_sft(policy_profile(arm, 0))
+    load_adapter(run, policy)
+    file = _write(f"policy_{arm}", get_peft_model_state_dict(policy))
+    return {"arm": arm, "seed": 0, **file, "run": f"cpu-{run.name}"}
+
+
 def _publish(run: Path, name: str, **facts: Any) -> dict[str, Any]:
-    """Write a run's adapter in bf16 and return its entry in the index."""
-    state = load_file(run / "adapter" / "adapter_model.safetensors")
+    """Publish a reward model's adapter and return its entry in the index."""
+    file = _write(name, load_file(run / "adapter" / "adapter_model.safetensors"))
+    rewards = torch.tensor([row["reward"] for row in read_jsonl(run / "samples.jsonl")])
+    scale = {"mean": rewards.mean().item(), "std": rewards.std().item()}
+    return {**facts, **file, "run": f"cpu-{run.name}", **scale}
+
+
+def _write(name: str, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write an adapter in bf16 and return its file name and SHA-256."""
     state = {key: value.to(torch.bfloat16).contiguous() for key, value in state.items()}
     path = MODELS / f"{name}.safetensors"
     atomic_write(path, lambda p: save_file(state, p))
-    rewards = torch.tensor([row["reward"] for row in read_jsonl(run / "samples.jsonl")])
-    return {
-        **facts,
-        "file": path.name,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "run": f"cpu-{run.name}",
-        "mean": rewards.mean().item(),
-        "std": rewards.std().item(),
-    }
+    return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
-def _load(entry: dict[str, Any]) -> RewardModel:
+def _published(name: str) -> list[dict[str, Any]]:
+    """Return a reward model's entries in the index."""
+    index = read_json(INDEX)
+    if name not in NAMES or name not in index:
+        known = [known for known in NAMES if known in index]
+        raise ResultsError(
+            f"no published model {name!r}; there are: {', '.join(known) or 'none'}. `make study` "
+            f"trains and publishes {', '.join(NAMES)}"
+        )
+    return index[name]
+
+
+def _state(entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Read the adapter of an entry, after checking that it is the one that was published."""
     path = MODELS / entry["file"]
     if not path.exists():
         raise ResultsError(f"results/models/{path.name} is missing; `git checkout` brings it back")
     if hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
         raise ResultsError(f"results/models/{path.name} is not the file that was published")
-    arm = entry["arm"]
+    return load_file(path)
+
+
+def _load(entry: Mapping[str, Any]) -> RewardModel:
+    state, arm = _state(entry), entry["arm"]
     reward_model = RewardModel.fresh(ARMS[arm].kind, arm_profile(arm, entry["seed"]))
-    set_peft_model_state_dict(reward_model.model, load_file(path))
+    set_peft_model_state_dict(reward_model.model, state)
     return reward_model
 
 

@@ -5,25 +5,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from utils.checkpoints import load_checkpoint, save_checkpoint
+from utils.checkpoints import last_checkpoint, load_adapter, load_checkpoint, save_checkpoint
 from utils.config import ReinforceConfig
 from utils.data import Prompt
-from utils.distributed import gather_rows, own_rows, processes
-from utils.estimator import Baseline, kl_regularised
+from utils.distributed import own_rows, processes
+from utils.estimator import Baseline
 from utils.results import Run
-from utils.rollout import Rollout, batched_logprobs, sample, sampling_noise
+from utils.rollout import Rollout, sample, sampling_noise
+from utils.step_metrics import measure_step
 from utils.update import PolicyUpdate
 from utils.weights import encode_prompt
 
 RewardFunction = Callable[[Sequence[Prompt], Rollout], Tensor]  # -> rewards, shape (rows,)
+Evaluate = Callable[[], dict[str, float | None]]
 Monitor = Callable[[dict[str, Any], Sequence[Prompt], Rollout, Tensor], None]
 
 
@@ -57,13 +59,14 @@ def train_policy(
     config: ReinforceConfig,
     seed: int,
     run: Run,
-    evaluate: Callable[[], dict[str, float]],
+    evaluate: Evaluate,
     monitor: Monitor | None = None,
 ) -> None:
     """Align a policy in place; goes on from the run's last good checkpoint if there is one.
 
     Under `accelerate launch`, each process samples and scores its part of a step's prompts; the
-    baseline and the logged numbers are those of the whole step, and the first process writes.
+    baseline and the logged numbers are those of the whole step, and the first process writes. An
+    evaluation above `config.kl_budget` ends the training with the policy of the one before it.
 
     Args:
         policy: the language model with a trainable adapter; its reference is the adapter disabled.
@@ -77,12 +80,12 @@ def train_policy(
         monitor: called after each step with its row and this process's prompts, rollout, rewards.
 
     Raises:
-        TrainingStopped: on a non-finite loss or reward, a runaway KL or a collapsed entropy.
+        TrainingStopped: on a non-finite loss or reward, a runaway KL or a collapsed policy.
     """
     optimizer = _optimizer(policy, config)
     baseline = Baseline(config.baseline, config.ema_decay, config.window, config.num_generations)
     update = PolicyUpdate(policy, optimizer, config, tokenizer.pad_token_id)
-    done = _open(run, policy, optimizer, baseline, evaluate)
+    done = _open(run, policy, optimizer, baseline, evaluate, config)
     for step in range(done + 1, config.steps + 1):
         start = time.time()
         batch = step_prompts(prompts, step, config.prompts_per_step, seed, config.num_generations)
@@ -90,25 +93,24 @@ def train_policy(
         own_batch = [batch[row] for row in own]
         rollout = _rollout(policy, tokenizer, batch, own, config, seed * 100_003 + step)
         rewards = reward_of(own_batch, rollout)
-        measured = _measure(policy, tokenizer, rollout, rewards, own, config)
+        measured = measure_step(policy, tokenizer, rollout, rewards, own, config)
         objective = measured.objective(config.beta)
         base = baseline.value(objective)
         rate = config.learning_rate * min(1.0, step / config.warmup_steps)
-        row = _row() | {"step": step, "learning_rate": rate} | _describe(measured, objective, base)
+        row = _row() | {"step": step, "learning_rate": rate} | measured.metrics(objective, base)
         _check(row, config, run)
         row |= update.step(rollout, (objective - base)[list(own)], len(batch), rate)
         _check(row, config, run)
         baseline.update(objective)
-        row["seconds"] = time.time() - start
-        if not processes().is_main_process:
-            continue
-        if step % config.eval_steps == 0 or step == config.steps:
-            row |= evaluate()
-        run.log(row)
-        if step % config.save_steps == 0 or step == config.steps:
-            save_checkpoint(run.directory, step, policy, optimizer, baseline)
-        if monitor:
-            monitor(row, own_batch, rollout, rewards)
+        row |= {"seconds": time.time() - start} | _held_out(step, config, evaluate)
+        if _over_budget(row, config):
+            return _end_within_budget(row, config, run, policy)
+        if processes().is_main_process:
+            run.log(row)
+            if _saves(step, config):
+                save_checkpoint(run.directory, step, policy, optimizer, baseline)
+            if monitor:
+                monitor(row, own_batch, rollout, rewards)
 
 
 def _optimizer(policy: PeftModel, config: ReinforceConfig) -> torch.optim.Optimizer:
@@ -121,7 +123,8 @@ def _open(
     policy: PeftModel,
     optimizer: torch.optim.Optimizer,
     baseline: Baseline,
-    evaluate: Callable[[], dict[str, float]],
+    evaluate: Evaluate,
+    config: ReinforceConfig,
 ) -> int:
     """Load the last checkpoint, drop the rows after it, and return its step; 0 starts anew."""
     with processes().main_process_first():  # the first one removes checkpoints that are damaged
@@ -130,62 +133,33 @@ def _open(
         run.rewind(done or -1)
         if not done:
             run.log({**_row(), "step": 0, **evaluate()})
+            if config.kl_budget is not None:  # what the first evaluation may go back to
+                save_checkpoint(run.directory, 0, policy, optimizer, baseline)
     return done
 
 
-@dataclass
-class Measured:
-    """What one step's completions amount to, over all processes; fp32, shape (rows,) each."""
-
-    reward: Tensor
-    log_prob: Tensor
-    reference: Tensor
-    entropy: Tensor
-    length: Tensor
-    finished: Tensor
-
-    def objective(self, beta: float) -> Tensor:
-        """Return the reward less the KL's share of it, which is what is maximised."""
-        return kl_regularised(self.reward, self.log_prob, self.reference, beta)
+def _evaluates(step: int, config: ReinforceConfig) -> bool:
+    return step % config.eval_steps == 0 or step == config.steps
 
 
-def _measure(
-    policy: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rollout: Rollout,
-    rewards: Tensor,
-    own: range,
-    config: ReinforceConfig,
-) -> Measured:
-    """Compute the log-probabilities of this process's rows, and gather all rows."""
-    pad = tokenizer.pad_token_id
-    log_probs, entropy = batched_logprobs(policy, rollout, config.temperature, pad)
-    with policy.disable_adapter():
-        reference, _ = batched_logprobs(policy, rollout, config.temperature, pad)
-    finished = torch.tensor(rollout.finished, dtype=torch.float32)
-    columns = [rewards, log_probs, reference, entropy, rollout.lengths(), finished]
-    return Measured(*gather_rows(own, torch.stack(columns, dim=1)).unbind(1))
+def _held_out(step: int, config: ReinforceConfig, evaluate: Evaluate) -> dict[str, float | None]:
+    """Evaluate at the steps for it, in the first process."""
+    return evaluate() if _evaluates(step, config) and processes().is_main_process else {}
 
 
-def _describe(measured: Measured, objective: Tensor, base: Tensor) -> dict[str, float]:
-    return {
-        "reward": measured.reward.mean().item(),
-        "reward_std": measured.reward.std().item(),
-        "kl": (measured.log_prob - measured.reference).mean().item(),
-        "objective": objective.mean().item(),
-        "baseline": base.mean().item(),
-        "advantage_std": (objective - base).std().item(),
-        "entropy": (measured.entropy.sum() / measured.length.sum()).item(),
-        "completions/mean_length": measured.length.mean().item(),
-        "completions/clipped_ratio": 1 - measured.finished.mean().item(),
-    }
+def _saves(step: int, config: ReinforceConfig) -> bool:
+    """With a budget, the newest checkpoint has to be that of the last evaluation within it."""
+    if config.kl_budget is not None:
+        return _evaluates(step, config)
+    return step % config.save_steps == 0 or step == config.steps
 
 
 def _row() -> dict[str, float | None]:
     names = (
         "step loss learning_rate grad_norm reward reward_std kl objective baseline advantage_std "
-        "entropy completions/mean_length completions/clipped_ratio eval_reward eval_reward_low "
-        "eval_reward_high eval_kl eval_mean_length seconds"
+        "entropy completions/mean_length completions/clipped_ratio completions/distinct_2 "
+        "eval_reward eval_reward_low eval_reward_high eval_kl eval_mean_length eval_finished "
+        "eval_distinct_2 eval_judge seconds"
     )
     return dict.fromkeys(names.split())
 
@@ -206,7 +180,7 @@ def _rollout(
 
 def _check(row: dict[str, Any], config: ReinforceConfig, run: Run) -> None:
     """Stop a run that cannot recover, before it writes a checkpoint of the damage."""
-    kept = f"The last good checkpoint is in {run.directory.name}/checkpoints."
+    kept = last_checkpoint(run.directory)
     where = f"[{run.directory.name}] step {row['step']}:"
     for name in ("reward", "kl", "loss", "grad_norm"):
         if row[name] is not None and not math.isfinite(row[name]):
@@ -221,3 +195,32 @@ def _check(row: dict[str, Any], config: ReinforceConfig, run: Run) -> None:
             f"{where} entropy {row['entropy']:.3f} is below reinforce.min_entropy = "
             f"{config.min_entropy}: the policy has collapsed. {kept}"
         )
+    # NaN, where no completion has two words, passes: short is not yet repetitive.
+    if row["completions/distinct_2"] < config.min_distinct_2:
+        raise TrainingStopped(
+            f"{where} distinct-2 {row['completions/distinct_2']:.3f} is below "
+            f"reinforce.min_distinct_2 = {config.min_distinct_2}: the policy repeats itself; raise "
+            f"reinforce.beta or lower the learning rate. {kept}"
+        )
+
+
+def _over_budget(row: dict[str, Any], config: ReinforceConfig) -> bool:
+    """Whether the evaluation of the first process, the only one that has it, is over budget."""
+    if config.kl_budget is None:
+        return False
+    return any(gather_object([(row["eval_kl"] or 0.0) > config.kl_budget]))
+
+
+def _end_within_budget(
+    row: dict[str, Any], config: ReinforceConfig, run: Run, policy: PeftModel
+) -> None:
+    """Go back to the policy of the evaluation before; a killed run comes here again."""
+    kept = load_adapter(run.directory, policy)
+    if processes().is_main_process:
+        run.rewind(kept)
+        ended = (
+            f"eval_kl {row['eval_kl']:.2f} at step {row['step']} is above reinforce.kl_budget = "
+            f"{config.kl_budget}; the policy is that of step {kept}"
+        )
+        print(f"[{run.directory.name}] {ended}", flush=True)
+        run.save(ended=ended)

@@ -20,6 +20,7 @@ from utils.evaluation import (
     compare,
     distinct_n,
     evaluate_policy,
+    held_out_metrics,
     repetition,
     sequence_kl,
 )
@@ -222,6 +223,13 @@ class Length:
         return torch.tensor([float(len(text)) for text in texts])
 
 
+class Words:
+    """Another one, on another scale."""
+
+    def score(self, messages, texts, finished):
+        return torch.tensor([float(len(text.split())) for text in texts])
+
+
 def evaluated(policy, tokenizer, temperature=0.7, **options):
     models_by_name = {"length": Length()}
     return evaluate_policy(
@@ -259,6 +267,32 @@ def test_a_moved_policy_has_a_kl_and_its_reference_has_none(moved, tokenizer):
     assert (off.kl == 0).all()
     assert (on.response != off.response).any()
     assert evaluated(moved, tokenizer, reference=False).kl.isna().all()
+
+
+def test_held_out_metrics_by_hand(moved, tokenizer):
+    frame = evaluated(moved, tokenizer)
+    scorers, scales = {"own": Length(), "judge": Words()}, {"own": (3, 2), "judge": (-1, 0.5)}
+    found = held_out_metrics(moved, tokenizer, PROMPTS, PROFILE, scorers, scales)
+    samples = PROFILE.evaluation.bootstrap_samples
+    own = clustered_interval((frame.reward_length - 3) / 2, frame.prompt_id, samples)
+    words = frame.response.str.split().str.len()
+    assert found == {
+        "eval_reward": pytest.approx(own["value"]),
+        "eval_reward_low": pytest.approx(own["low"]),
+        "eval_reward_high": pytest.approx(own["high"]),
+        "eval_kl": pytest.approx(frame.kl.mean()),
+        "eval_mean_length": frame.length.mean(),
+        "eval_finished": frame.finished.mean(),
+        "eval_distinct_2": distinct_n(frame.response),
+        "eval_judge": pytest.approx(((words + 1) / 0.5).mean()),
+    }
+
+
+def test_without_a_judge_its_metric_is_blank(policy, tokenizer):
+    scorers, scales = {"own": Length()}, {"own": (0, 1)}
+    found = held_out_metrics(policy, tokenizer, PROMPTS, PROFILE, scorers, scales)
+    assert found["eval_judge"] is None
+    assert found["eval_finished"] == evaluated(policy, tokenizer).finished.mean()
 
 
 def test_the_kl_of_samples_and_of_greedy_completions(moved, tokenizer):

@@ -125,7 +125,7 @@ def test_training_and_held_out_rewards_have_that_unit(untrained):
 
 
 def test_finished_stages_are_reused(folder, monkeypatch, capsys):
-    forbid(monkeypatch, "train_reward_model", "train_policy", "evaluate_policy")
+    forbid(monkeypatch, "train_reward_model", "align_policy", "evaluate_policy")
     policy, _, _ = align_stage("scalar", profile())
     reward_stage("scalar", profile())
     sft_stage(profile())

@@ -1,7 +1,9 @@
 """The training loop: one step by hand, what it logs, what stops it, and surviving kills."""
 
 import dataclasses
+import math
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -17,13 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from utils import checkpoints as checkpoint_files
 from utils import models, reinforce, rollout, update
-from utils.checkpoints import load_adapter
+from utils.checkpoints import last_checkpoint, load_adapter
 from utils.config import ModelConfig, ReinforceConfig
 from utils.data import Prompt
-from utils.environment import ROOT
+from utils.environment import RESULTS, ROOT
+from utils.evaluation import distinct_n
+from utils.glossary import GLOSSARY
 from utils.reinforce import TrainingStopped, step_prompts, train_policy
-from utils.results import GLOSSARY, ResultsError, Run
+from utils.results import ResultsError, Run, read_jsonl
 from utils.update import PolicyUpdate
 from utils.weights import load_tokenizer
 
@@ -88,7 +93,7 @@ def train(directory, reward_of=shorter, monitor=None, seed=0, **changes):
     policy, run = quick_policy(), Run(directory, {}, seed, "f" * 16)
 
     def evaluate():
-        return {"eval_kl": sum(p.abs().sum().item() for p in trained(policy).values())}
+        return {"eval_kl": size_of(policy)}
 
     train_policy(policy, words(), PROMPTS, reward_of, config, seed, run, evaluate, monitor)
     return policy, run
@@ -96,6 +101,15 @@ def train(directory, reward_of=shorter, monitor=None, seed=0, **changes):
 
 def trained(policy):
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
+
+
+def size_of(policy):
+    return sum(p.abs().sum().item() for p in trained(policy).values())
+
+
+def assert_same_adapter(policy, expected):
+    for name, parameter in trained(policy).items():
+        assert torch.equal(parameter, trained(expected)[name]), name
 
 
 def rows_of(run):
@@ -200,7 +214,8 @@ def test_rows(unbroken):
     assert set(start.index) == {"step", "eval_kl"}, "before training there is an evaluation alone"
     assert metrics.step[metrics.eval_kl.notna()].tolist() == [0, 2, 4, 6]
     steps = metrics.iloc[1:]
-    own = [name for name in steps if not name.startswith("eval_")]
+    words_needed = {"completions/distinct_2"}
+    own = [name for name in steps if not name.startswith("eval_") and name not in words_needed]
     assert steps[own].notna().all(axis=None)
     rates = CONFIG.learning_rate * torch.tensor([1 / 2, 1, 1, 1, 1, 1])
     assert steps.learning_rate.tolist() == pytest.approx(rates.tolist())
@@ -237,6 +252,7 @@ def test_the_reward_rises(tmp_path, sign):
         micro_batch=8,
         max_kl=1e9,
         min_entropy=0.0,
+        min_distinct_2=0.0,
         learning_rate=3e-3,
         beta=0.0,
     )
@@ -263,6 +279,20 @@ def test_the_monitor_sees_every_step(tmp_path):
     assert seen == [(1, 4, 4, True), (2, 4, 4, True)]
 
 
+def test_distinct_2_is_that_of_all_texts_of_the_step(monkeypatch, tmp_path):
+    """Text by text, each of these would have 1."""
+    right = reinforce.sample
+
+    def spoken(*args):
+        drawn = right(*args)
+        drawn.texts = ["a b c", "a b c", "a b d", "c"]
+        return drawn
+
+    monkeypatch.setattr(reinforce, "sample", spoken)
+    _, run = train(tmp_path / "align", steps=1)
+    assert run.metrics()["completions/distinct_2"].iloc[1] == 3 / 6
+
+
 # Kills
 
 
@@ -286,8 +316,7 @@ def test_an_interrupted_run_gives_the_same_rows(tmp_path, unbroken, step):
         train(tmp_path / "align", monitor=stop_at(step))
     policy, run = train(tmp_path / "align")
     assert_same_rows(run, unbroken[1])
-    for name, parameter in trained(policy).items():
-        assert torch.equal(parameter, trained(unbroken[0])[name]), name
+    assert_same_adapter(policy, unbroken[0])
 
 
 def test_a_run_killed_before_its_first_step_evaluates_once(tmp_path, unbroken):
@@ -299,22 +328,29 @@ def test_a_run_killed_before_its_first_step_evaluates_once(tmp_path, unbroken):
     assert_same_rows(train(tmp_path / "align")[1], unbroken[1])
 
 
-def test_a_run_killed_by_the_system_gives_the_same_rows(tmp_path, unbroken):
+@pytest.mark.parametrize(("moment", "held"), [("within a step", CONFIG.steps), ("between", 3)])
+def test_a_run_killed_by_the_system_gives_the_same_run(tmp_path, unbroken, moment, held):
     """A real SIGKILL: nothing gets a chance to tidy up."""
     directory = tmp_path / "align"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(directory)]
+    command = [sys.executable, __file__, str(directory), str(held)]
     path = directory / "metrics.csv"
     with subprocess.Popen(command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}) as child:
         deadline = time.time() + 300
         while child.poll() is None and time.time() < deadline:
-            if path.exists() and path.read_bytes().count(b"\n") > 3:
+            if path.exists() and path.read_bytes().count(b"\n") > 4:
                 break
-            time.sleep(0.01)
+            time.sleep(0.005)
+        if moment == "within a step":
+            pause = random.random() * unbroken[1].metrics().seconds.mean()
+            print(f"killed {pause:.3f} s into step 4")  # shown if it fails
+            time.sleep(pause)
         child.kill()
     assert child.returncode == -signal.SIGKILL, "it ended by itself"
-    assert 3 <= len(Run(directory, {}, 0, "f" * 16).metrics()) <= CONFIG.steps
-    assert_same_rows(train(directory)[1], unbroken[1])
+    assert len(Run(directory, {}, 0, "f" * 16).metrics()) >= 4
+    policy, run = train(directory)
+    assert_same_rows(run, unbroken[1])
+    assert_same_adapter(policy, unbroken[0])
 
 
 @pytest.fixture(scope="module")
@@ -358,9 +394,8 @@ def test_without_a_readable_checkpoint_the_run_starts_anew(killed, tmp_path, unb
 
 def test_the_last_adapter_is_loaded_for_evaluation(unbroken, tmp_path):
     policy = quick_policy()
-    load_adapter(unbroken[1].directory, policy)
-    for name, parameter in trained(policy).items():
-        assert torch.equal(parameter, trained(unbroken[0])[name]), name
+    assert load_adapter(unbroken[1].directory, policy) == CONFIG.steps
+    assert_same_adapter(policy, unbroken[0])
     with pytest.raises(ResultsError, match="align has no checkpoint; remove the folder align"):
         load_adapter(tmp_path / "align", policy)
     for name, content in {"step-000001.pt": b"", "step-000002.pt": b"PK cut short"}.items():
@@ -373,6 +408,22 @@ def test_the_last_adapter_is_loaded_for_evaluation(unbroken, tmp_path):
 
 # What stops a run
 
+KEPT = r"The last good checkpoint is that of step 2: .*align/checkpoints/step-000002\.pt\.$"
+NONE_YET = r"There is no checkpoint yet\.$"
+
+
+def test_the_last_checkpoint_is_named_by_step_and_path(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_files, "ROOT", tmp_path)
+    directory = tmp_path / "runs" / "cpu" / "align_scalar_s0"
+    assert last_checkpoint(directory) == "There is no checkpoint yet."
+    (directory / "checkpoints").mkdir(parents=True)
+    for name in ("step-000004.pt", "step-000012.pt", ".step-000016.pt.partial"):
+        (directory / "checkpoints" / name).touch()
+    assert last_checkpoint(directory) == (
+        "The last good checkpoint is that of step 12: "
+        "runs/cpu/align_scalar_s0/checkpoints/step-000012.pt."
+    )
+
 
 @pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
 def test_a_reward_that_is_not_finite_stops_the_run(tmp_path, unbroken, bad):
@@ -384,7 +435,7 @@ def test_a_reward_that_is_not_finite_stops_the_run(tmp_path, unbroken, bad):
         rewards[0] = bad if len(calls) == 4 else rewards[0]
         return rewards
 
-    with pytest.raises(TrainingStopped, match=r"^\[align\] step 4: reward is .*align/checkpoints"):
+    with pytest.raises(TrainingStopped, match=r"^\[align\] step 4: reward is .* " + KEPT):
         train(tmp_path / "align", spoiled)
     assert checkpoints(tmp_path / "align") == ["step-000002.pt"], "the last good one is kept"
     assert_same_rows(train(tmp_path / "align")[1], unbroken[1])
@@ -398,7 +449,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, unbroken
         return right(*args) * (float("nan") if len(calls) == 5 else 1)
 
     monkeypatch.setattr(update, "reinforce_loss", spoiled)
-    with pytest.raises(TrainingStopped, match=r"^\[align\] step 3: loss is nan.*align/checkpoints"):
+    with pytest.raises(TrainingStopped, match=r"^\[align\] step 3: loss is nan.* " + KEPT):
         train(tmp_path / "align")
     assert checkpoints(tmp_path / "align") == ["step-000002.pt"]
     monkeypatch.undo()
@@ -406,18 +457,106 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, unbroken
 
 
 @pytest.mark.parametrize(
-    ("limit", "message"),
+    ("limit", "message", "checkpoint"),
     [
-        ({"max_kl": 1e-4}, r"step [2-6]: KL .* is above reinforce\.max_kl = 0\.0001; raise .*beta"),
-        ({"min_entropy": 99.0}, r"step 1: entropy .* reinforce\.min_entropy = 99\.0: .*collapsed"),
+        ({"max_kl": 1e-4}, r"step 3: KL .* is above reinforce\.max_kl = 0\.0001; raise", KEPT),
+        ({"min_entropy": 99.0}, r"step 1: entropy .*min_entropy = 99\.0: .*collapsed", NONE_YET),
     ],
 )
-def test_a_runaway_or_collapsed_policy_stops_the_run(tmp_path, limit, message):
-    with pytest.raises(TrainingStopped, match=message + ".*align/checkpoints"):
+def test_a_runaway_or_collapsed_policy_stops_the_run(tmp_path, limit, message, checkpoint):
+    with pytest.raises(TrainingStopped, match=message + ".* " + checkpoint):
         train(tmp_path / "align", **limit)
+
+
+@pytest.mark.parametrize(("share", "stops"), [(0.099, True), (0.1, False), (math.nan, False)])
+def test_a_policy_that_repeats_itself_stops_the_run(tmp_path, share, stops):
+    row = dict.fromkeys(("reward", "kl", "loss", "grad_norm"), 0.0)
+    row |= {"step": 3, "entropy": 1.0, "completions/distinct_2": share}
+    run = Run(tmp_path / "align", {}, 0, "f" * 16)
+    if not stops:
+        return reinforce._check(row, CONFIG, run)
+    message = r"^\[align\] step 3: distinct-2 0\.099 is below reinforce\.min_distinct_2 = 0\.1: "
+    with pytest.raises(TrainingStopped, match=message + ".* " + NONE_YET):
+        reinforce._check(row, CONFIG, run)
+
+
+def test_only_a_collapsed_policy_is_below_the_default_floor():
+    samples = read_jsonl(RESULTS / "quick-test_sft_greedy" / "samples.jsonl")[:32]
+    greedy = [row["response"] for row in samples]
+    floor = ReinforceConfig().min_distinct_2
+    assert distinct_n(greedy) > 4 * floor, "the least varied decoding of a sound model"
+    longest = max(greedy, key=len)
+    assert distinct_n([longest] * 32) < floor / 2, "one answer to every prompt"
+    assert distinct_n(["yes " * 40] * 32) < floor / 2
+
+
+# The KL budget; here the held-out KL is the size of the adapter
+
+
+def held_out_sizes(run):
+    sizes = run.metrics().set_index("step").eval_kl.dropna()
+    assert sizes.index.tolist() == [0, 2, 4, 6]
+    assert sizes.is_monotonic_increasing, "the tests below need a size that grows"
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("kept", "stopped_at"), [(0, None), (0, 1), (2, None), (2, 1), (2, 3), (4, 5)]
+)
+def test_a_spent_budget_ends_the_run_with_the_last_policy_within(
+    tmp_path, unbroken, kept, stopped_at
+):
+    sizes = held_out_sizes(unbroken[1])
+    options = {"kl_budget": (sizes[kept] + sizes[kept + 2]) / 2, "save_steps": 1}
+    if stopped_at:
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "align", monitor=stop_at(stopped_at), **options)
+    policy, run = train(tmp_path / "align", **options)
+    rows = rows_of(unbroken[1])
+    assert rows_of(run).equals(rows[rows.step <= kept]), "rows of a policy that was given up"
+    assert size_of(policy) == pytest.approx(sizes[kept], rel=1e-5), "the adapter of another step"
+    stored = quick_policy()
+    assert load_adapter(run.directory, stored) == kept
+    assert_same_adapter(stored, policy)
+    assert f"at step {kept + 2} is above reinforce.kl_budget" in run.info["ended"]
+    assert run.info["ended"].endswith(f"the policy is that of step {kept}")
+
+
+def test_a_run_killed_while_it_ends_ends_the_same(tmp_path, unbroken, monkeypatch):
+    sizes = held_out_sizes(unbroken[1])
+    options = {"kl_budget": (sizes[2] + sizes[4]) / 2}
+    rewind = Run.rewind
+
+    def killed(run, step):
+        rewind(run, step)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "rewind", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "align", **options)
+    monkeypatch.undo()
+    policy, run = train(tmp_path / "align", **options)
+    assert run.metrics().step.tolist() == [0, 1, 2]
+    assert size_of(policy) == pytest.approx(sizes[2], rel=1e-5)
+
+
+def test_a_budget_that_is_not_spent_changes_nothing(tmp_path, unbroken):
+    policy, run = train(tmp_path / "align", kl_budget=2 * held_out_sizes(unbroken[1]).max())
+    assert_same_rows(run, unbroken[1])
+    assert_same_adapter(policy, unbroken[0])
+    assert "ended" not in run.info
+
+
+def hold_at(step):
+    def monitor(row, *_):
+        if row["step"] == step:
+            time.sleep(600)
+
+    return monitor
 
 
 if __name__ == "__main__":  # the run that is killed
     torch.set_num_threads(1)
     pin(setattr)
-    train(Path(sys.argv[1]), monitor=lambda *_: time.sleep(0.3))
+    train(Path(sys.argv[1]), monitor=hold_at(int(sys.argv[2])))

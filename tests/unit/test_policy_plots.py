@@ -1,0 +1,429 @@
+"""Figures of the policy study: what they draw, and that they do with few arms or missing values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from utils import plot_style as look
+from utils import policy_look, policy_plots
+from utils.policy_arms import ARMS
+
+
+@pytest.fixture(autouse=True)
+def _close_figures() -> Iterator[None]:
+    yield
+    plt.close("all")
+
+
+def metrics(shift: float = 0.0, steps: int = 16, start: float = 0.1) -> pd.DataFrame:
+    """Return rows as a training run logs them; every value of a column is linear in the step."""
+    step = np.arange(steps + 1.0)
+    names = "reward baseline kl entropy grad_norm advantage_std completions/mean_length"
+    slopes = {name: place + 1.0 for place, name in enumerate(names.split())}
+    frame = pd.DataFrame({"step": step} | {n: s * step + shift for n, s in slopes.items()})
+    frame["completions/clipped_ratio"] = 0.25
+    frame.loc[0, frame.columns[1:]] = math.nan
+    held_out = {"eval_reward": start + step + shift * (step > 0), "eval_kl": 0.5 * step}
+    held_out |= {"eval_mean_length": 70 - step, "eval_finished": 0.5 + step / 100}
+    for name, values in held_out.items():
+        frame[name] = np.where(step % 8 == 0, values, math.nan)
+    return frame.assign(
+        eval_reward_low=frame["eval_reward"] - 0.3, eval_reward_high=frame["eval_reward"] + 0.2
+    )
+
+
+def curve(*arms: str, seeds: int = 1) -> pd.DataFrame:
+    """Return rows of `frontier_table`: the reward grows from 0.2, the judge from 0.1 and falls."""
+    points = [(0, 0.0, 0.2, 0.1), (8, 1.0, 0.8, 0.5), (16, 2.0, 1.2, 0.3)]
+    rows = [
+        (arm, seed, step, kl**2, kl, reward + 0.1 * seed * (step > 0), judge)
+        for arm in arms
+        for seed in range(seeds)
+        for step, kl, reward, judge in points
+    ]
+    return pd.DataFrame(rows, columns=["arm", "seed", "step", "kl", "sqrt_kl", "reward", "judge"])
+
+
+def picks() -> pd.DataFrame:
+    rows = [("scalar", 4, 0.8, 0.6, 0.3), ("scalar", 2, 0.4, 0.4, 0.2), ("ordinal", 2, 0.4, 9, 8)]
+    frame = pd.DataFrame(rows, columns=["proxy", "n", "sqrt_kl", "reward_gain", "judge_gain"])
+    frame["reward"] = frame["judge"] = 77.0  # gains are drawn, not levels
+    for name in ("reward_gain", "judge_gain"):
+        frame[f"{name}_low"], frame[f"{name}_high"] = frame[name] - 0.1, frame[name] + 0.05
+    return frame
+
+
+def policies(*names: str) -> pd.DataFrame:
+    """Return rows of `policy_table`; the first gain's interval holds 0."""
+    frame = pd.DataFrame({"policy": names})
+    frame["group"] = ["arm" if name in ARMS else "control" for name in names]
+    for place, reward in enumerate(("scalar", "ordinal", "judge")):
+        gain = 0.1 + place + frame.index / 2
+        frame[f"gain_{reward}"] = gain
+        frame[f"gain_{reward}_low"] = gain - 0.2 - place
+        frame[f"gain_{reward}_high"] = gain + 0.3
+    for ending, win in {"": 0.5, "_best": 0.4}.items():
+        frame[f"win{ending}"], frame[f"tie{ending}"] = win + frame.index / 100, 0.2
+        frame[f"loss{ending}"] = 0.8 - frame[f"win{ending}"]
+        rate = frame[f"win{ending}"] + 0.1
+        frame[f"win_rate{ending}"] = rate
+        frame[f"win_rate{ending}_low"], frame[f"win_rate{ending}_high"] = rate - 0.05, rate + 0.04
+    return frame
+
+
+def seeds(**arms: list[float]) -> pd.DataFrame:
+    rows = [(arm, seed, gain) for arm, own in arms.items() for seed, gain in enumerate(own)]
+    frame = pd.DataFrame(rows, columns=["policy", "seed", "gain_judge"])
+    low, high = frame["gain_judge"] - 0.1, frame["gain_judge"] + 0.2
+    return frame.assign(gain_judge_low=low, gain_judge_high=high)
+
+
+def lengths(*names: str) -> pd.DataFrame:
+    rows = [
+        (policy, reward, method, value + 5 * (reward == "own") + place)
+        for place, policy in enumerate(names)
+        for reward in ("judge", "own")
+        for value, method in enumerate(policy_plots.METHODS)
+    ]
+    frame = pd.DataFrame(rows, columns=["policy", "reward", "method", "value"])
+    return frame.assign(low=frame["value"] - 0.2, high=frame["value"] + 0.1)
+
+
+def fits(*names: str) -> pd.DataFrame:
+    rows = [
+        (policy, reward, 0.5 + (reward == "own"), -0.2)
+        for policy in names
+        for reward in ("own", "judge")
+    ]
+    return pd.DataFrame(rows, columns=["policy", "reward", "unchanged", "per_10_tokens"])
+
+
+def frames() -> dict[str, pd.DataFrame]:
+    def rows(length: list[int], finished: list[bool], judge: list[float]) -> pd.DataFrame:
+        return pd.DataFrame({"length": length, "finished": finished, "reward_judge": judge})
+
+    return {
+        "sft": rows([50, 60], [True, False], [0.0, 1.0]),
+        "scalar_s0": rows([40, 30], [True, True], [1.0, 3.0]),
+        "scalar_s1": rows([55, 20], [True, False], [0.5, 1.5]),
+        "ordinal_s0": rows([50, 60], [False, False], [1.0, 1.0]),
+        "sft_best": rows([50, 60], [True, False], [0.0, 1.0]),
+    }
+
+
+def categories(*names: str) -> pd.DataFrame:
+    rows = [
+        (policy, reward, category, value + place + 5 * (reward == "own"), n)
+        for place, policy in enumerate(names)
+        for reward in ("own", "judge")
+        for category, value, n in (("write", 0.9, 14), ("open_qa", 0.1, 8))
+    ]
+    frame = pd.DataFrame(rows, columns=["policy", "reward", "category", "value", "n"])
+    return frame.assign(low=frame["value"] - 0.3, high=frame["value"] + 0.2)
+
+
+FIGURES: dict[str, Callable[[], Figure]] = {
+    "policy_curves": lambda: policy_plots.policy_curves({"scalar": [metrics()]}, "t"),
+    "baselines_figure": lambda: policy_plots.baselines_figure({"scalar": [metrics()]}, "t"),
+    "frontier": lambda: policy_plots.frontier(curve("scalar"), picks(), "t"),
+    "policy_bars": lambda: policy_plots.policy_bars(policies("scalar"), "judge", "t"),
+    "win_bars": lambda: policy_plots.win_bars(policies("scalar"), "t"),
+    "length_figure": lambda: policy_plots.length_figure(
+        lengths("scalar"), fits("scalar"), frames(), "t"
+    ),
+    "category_figure": lambda: policy_plots.category_figure(categories("scalar"), "t"),
+    "seeds_figure": lambda: policy_plots.seeds_figure(seeds(scalar=[1]), policies("scalar"), "t"),
+}
+
+
+def lines(ax: Axes, marker: str = "o") -> list[Line2D]:
+    """Return the lines with a marker, but for those that only make an entry in the legend."""
+    return [line for line in ax.lines if line.get_marker() == marker and len(line.get_xdata())]
+
+
+def points(ax: Axes, marker: str = "o") -> list[tuple[float, float]]:
+    return [tuple(point) for line in lines(ax, marker) for point in line.get_xydata()]
+
+
+def spans(ax: Axes) -> list[list[float]]:
+    """Return the ends of the horizontal intervals, from the top."""
+    flat = [line for line in ax.lines if len(set(line.get_ydata())) == 1 != len(line.get_xdata())]
+    return [list(line.get_xdata()) for line in flat]
+
+
+def thick(ax: Axes, style: str = "-") -> list[Line2D]:
+    return [
+        line for line in ax.lines if line.get_linewidth() == 2 and line.get_linestyle() == style
+    ]
+
+
+def legend(figure: Figure) -> list[str]:
+    return [text.get_text() for box in figure.legends for text in box.get_texts()]
+
+
+def rows_named(ax: Axes) -> list[str]:
+    return [text.get_text() for text in ax.get_yticklabels()]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_draws_and_names_its_axes(name: str):
+    figure = FIGURES[name]()
+    figure.draw_without_rendering()
+    assert figure.get_figwidth() == look.WIDTH
+    assert figure.get_suptitle() == "t"
+    bottom = [ax for ax in figure.axes if ax.get_subplotspec().is_last_row()]
+    assert all(ax.get_xlabel() for ax in bottom)
+    assert "" not in legend(figure)
+    assert all(len(box.get_texts()) for box in figure.legends)
+
+
+def test_every_figure_is_tested():
+    assert set(policy_plots.__all__) == set(FIGURES)
+
+
+def test_arms_keep_label_and_colour():
+    assert policy_look.arm_look("ordinal", 0) == (ARMS["ordinal"].label, look.ORANGE)
+    assert policy_look.arm_look("scalar_s2") == (f"{ARMS['scalar'].label}, seed 2", look.BLUE)
+    greedy = policy_look.arm_look("scalar_none_s0_greedy")
+    assert greedy == (f"{ARMS['scalar_none'].label}, seed 0, greedy", "#000000")
+    assert policy_look.arm_look("sft_greedy") == ("SFT, greedy", look.PURPLE)
+    assert policy_look.arm_look("some_other", 2) == ("some other", look.GREEN)
+    assert len({policy_look.arm_look(arm)[1] for arm in ARMS}) == len(ARMS)
+
+
+def test_arms_come_in_the_order_of_the_study():
+    names = ["sft", "ordinal_s0", "new", "scalar_none", "scalar", "scalar", "ordinal_cautious"]
+    found = policy_look.in_order(names)
+    assert found == ["scalar", "ordinal_s0", "ordinal_cautious", "scalar_none", "sft", "new"]
+
+
+def test_curves_are_means_of_the_seeds_with_their_range():
+    figure = policy_plots.policy_curves({"scalar": [metrics(0), metrics(1), metrics(5)]}, "t")
+    by_title = {ax.get_title("left"): ax for ax in figure.axes}
+    baseline = by_title["baseline, SFT sd"]
+    (mean,) = thick(baseline)
+    assert mean.get_ydata()[:3] == pytest.approx(2 * np.arange(1, 4) + 2)  # 2, not the median 1
+    assert [list(line.get_ydata()[:1]) for line in baseline.lines[:3]] == [[2], [3], [7]]
+    (band,) = baseline.collections
+    ends = band.get_paths()[0].vertices
+    at_end = ends[ends[:, 0] == 16][:, 1]
+    assert [at_end.min(), at_end.max()] == [32, 37]
+    finished = by_title["finished share"]
+    assert set(thick(finished)[0].get_ydata()) == {0.75}  # not the clipped share
+    assert points(finished) == [(0, 0.5), (8, pytest.approx(0.58)), (16, pytest.approx(0.66))]
+
+
+def test_training_is_averaged_and_held_out_points_are_not():
+    figure = policy_plots.policy_curves({"scalar": [metrics(0), metrics(3)]}, "t")
+    ax = figure.axes[0]
+    (mean,) = thick(ax)
+    assert mean.get_xdata()[0] == 1
+    assert mean.get_ydata()[-1] == pytest.approx(np.mean([14, 15, 16]) + 1.5)  # a fifth of 16 steps
+    assert points(ax) == [(0, 0.1), (8, 8.1 + 1.5), (16, 16.1 + 1.5)]
+    (level,) = (line for line in ax.lines if line.get_linestyle() == "--" and len(line.get_ydata()))
+    assert list(level.get_ydata()) == [0.1, 0.1]
+    assert level.get_color() == look.GREY
+    (span,) = ax.patches
+    assert [span.get_y(), span.get_y() + span.get_height()] == pytest.approx([-0.2, 0.3])
+    assert legend(figure) == [ARMS["scalar"].label, "held-out", "SFT (shaded: 95% interval)"]
+
+
+def test_a_seed_that_stopped_does_not_move_the_mean():
+    figure = policy_plots.policy_curves({"scalar": [metrics(0), metrics(9, steps=8)]}, "t")
+    (mean,) = thick(figure.axes[1])
+    assert mean.get_xdata()[-1] == 8
+    assert figure.axes[1].lines[0].get_xdata()[-1] == 16
+
+
+def test_sft_has_a_level_for_each_reward():
+    runs = {"scalar": [metrics()], "ordinal": [metrics(start=-0.4)], "scalar_ema": [metrics()]}
+    figure = policy_plots.policy_curves(runs, "t")
+    levels = [line for line in figure.axes[0].lines if line.get_linestyle() == "--"]
+    found = [(line.get_ydata()[0], line.get_color()) for line in levels if len(line.get_ydata())]
+    assert found == [(0.1, look.BLUE), (-0.4, look.ORANGE)]
+    kl = [line for line in figure.axes[2].lines if line.get_linestyle() == "--"]
+    assert [(line.get_ydata()[0], line.get_color()) for line in kl] == [(0, look.GREY)]
+
+
+def test_arms_and_columns_that_are_missing_are_left_out():
+    short = metrics().drop(columns=["eval_finished", "eval_reward_low", "eval_reward_high"])
+    short["entropy"] = math.nan
+    runs = {"scalar": [], "ordinal": [short], "scalar_none": [metrics().head(0)]}
+    for make in (policy_plots.policy_curves, policy_plots.baselines_figure):
+        figure = make(runs, "t")
+        figure.draw_without_rendering()
+        assert [thick(ax)[0].get_color() for ax in figure.axes[:2]] == [look.ORANGE] * 2
+        assert ARMS["scalar"].label not in legend(figure)
+    entropy = policy_plots.policy_curves(runs, "t").axes[3]
+    assert entropy.get_title("left").startswith("entropy")
+    assert not entropy.lines
+
+
+def test_baselines_side_by_side():
+    runs = {"scalar": [metrics(), metrics(2)], "scalar_ema": [metrics(3)], "scalar_none": []}
+    figure = policy_plots.baselines_figure(runs, "t")
+    titles = ["held-out reward, SFT sd", "sd of advantages, SFT sd", "gradient norm"]
+    assert [ax.get_title("left") for ax in figure.axes] == titles
+    first, second = thick(figure.axes[0])
+    assert first.get_xydata() == pytest.approx(np.array([[0, 0.1], [8, 9.1], [16, 17.1]]))
+    assert second.get_ydata() == pytest.approx([0.1, 11.1, 19.1])
+    last = [line.get_ydata()[-1] for line in thick(figure.axes[1])]
+    assert last == pytest.approx([6 * 15 + 1, 6 * 15 + 3])
+    assert legend(figure) == ["running mean", "EMA", "SFT (shaded: 95% interval)"]
+
+
+def test_the_frontier_starts_at_sft():
+    figure = policy_plots.frontier(curve("scalar", seeds=3), picks(), "t")
+    (ax,) = figure.axes
+    (own,), (judge,) = thick(ax), thick(ax, "--")
+    assert own.get_xydata() == pytest.approx(np.array([[0, 0], [1, 0.7], [2, 1.1]]))
+    assert judge.get_xydata() == pytest.approx(np.array([[0, 0], [1, 0.4], [2, 0.2]]))
+    assert points(ax, "*") == [(1, pytest.approx(0.4))]
+    filled, hollow = lines(ax, "D")
+    assert filled.get_xydata() == pytest.approx(np.array([[0.4, 0.4], [0.8, 0.6]]))
+    assert hollow.get_xydata() == pytest.approx(np.array([[0.4, 0.2], [0.8, 0.3]]))
+    assert hollow.get_markerfacecolor() == "white" != filled.get_markerfacecolor()
+    low_high = ax.collections[-1].get_segments()[1][:, 1]
+    assert low_high == pytest.approx([0.2, 0.35])
+
+
+def test_each_arm_has_its_frontier_and_its_best_of_n():
+    table = curve("ordinal_cautious", "scalar", "ordinal", "scalar_none")
+    figure = policy_plots.frontier(table, picks(), "t")
+    names = ["scalar", "ordinal", "ordinal_cautious", "scalar_none"]
+    assert [ax.get_title("left") for ax in figure.axes] == [ARMS[name].label for name in names]
+    best = [lines(ax, "D")[0].get_ydata().max() for ax in figure.axes]
+    assert best == [0.6, 9, 9, 0.6]
+    alone = policy_plots.frontier(curve("scalar").assign(judge=math.nan), picks().head(0), "t")
+    alone.draw_without_rendering()
+    assert not points(alone.axes[0], "*")
+    assert not [name for name in legend(alone) if "best of n" in name]
+
+
+def test_gains_come_in_groups():
+    names = ["sft", "scalar_s0_greedy", "ordinal", "sft_best", "scalar"]
+    table = policies(*names)
+    figure = policy_plots.policy_bars(table, "ordinal", "t")
+    (ax,) = figure.axes
+    scalar, ordinal = ARMS["scalar"].label, ARMS["ordinal"].label
+    headings = ["aligned", "aligned, one seed, greedy", "SFT controls"]
+    assert rows_named(ax) == [
+        *(headings[0], scalar, ordinal),
+        *(headings[1], f"{scalar}, seed 0, greedy"),
+        *(headings[2], "SFT, best temperature"),
+    ]
+    bold = [text.get_text() for text in ax.get_yticklabels() if text.get_weight() == "bold"]
+    assert bold == headings
+    gains = table.set_index("policy")["gain_ordinal"]
+    order = {1: "scalar", 2: "ordinal", 4: "scalar_s0_greedy", 6: "sft_best"}
+    assert points(ax) == [(gains[name], place) for place, name in order.items()]
+    assert ax.yaxis_inverted()
+    assert not figure.legends
+
+
+def test_a_gain_whose_interval_holds_zero_is_hollow():
+    table = policies("scalar", "ordinal")
+    (ax,) = policy_plots.policy_bars(table, "scalar", "t").axes
+    assert [line.get_markerfacecolor() for line in lines(ax)] == ["white", look.ORANGE]
+    assert spans(ax) == [pytest.approx([-0.1, 0.4]), pytest.approx([0.4, 0.9])]
+    table.loc[0, policy_look.ends("gain_scalar")] = math.nan
+    policy_plots.policy_bars(table, "scalar", "t").draw_without_rendering()
+
+
+def test_wins_ties_and_losses_fill_the_bar():
+    table = policies("sft", "scalar", "sft_best")
+    figure = policy_plots.win_bars(table, "t")
+    for ax, ending, shown in zip(figure.axes, ("", "_best"), ([1, 2], [1]), strict=True):
+        assert [box.datavalues.tolist() for box in ax.containers] == [
+            pytest.approx((table[f"{name}{ending}"][shown] * 100).tolist())
+            for name in ("win", "tie", "loss")
+        ]
+        right = [box.get_x() + box.get_width() for box in ax.containers[2]]
+        assert right == pytest.approx([100] * len(shown))
+        rates = [x for x, _ in points(ax) if x > 0]
+        assert rates == pytest.approx((table[f"win_rate{ending}"][shown] * 100).tolist())
+        assert [50, 50] in [list(line.get_xdata()) for line in ax.lines]
+    assert rows_named(figure.axes[0]) == [
+        *("aligned", ARMS["scalar"].label),
+        *("SFT controls", "SFT, best temperature"),
+    ]
+    assert {"win", "tie", "loss"} < set(legend(figure))
+
+
+def test_gains_at_equal_length():
+    table = lengths("ordinal", "scalar", "sft_best")
+    figure = policy_plots.length_figure(table, fits("scalar", "ordinal"), frames(), "t")
+    top, *below = figure.axes
+    assert rows_named(top) == [ARMS["scalar"].label, ARMS["ordinal"].label]
+    for place, (_, marker) in enumerate(policy_plots.METHODS.values()):
+        (first, above), (second, under) = sorted(points(top, marker), key=lambda point: point[1])
+        assert [first, second] == [place + 1, place]  # the judge's; the table has "ordinal" first
+        assert round(above) == 0
+        assert round(under) == 1
+    assert [ax.get_title("left") for ax in below] == rows_named(top)
+    assert [label for label, _ in policy_plots.METHODS.values()] == legend(figure)[:4]
+    assert below[0].get_xlim() == below[1].get_xlim()
+
+
+def test_the_scatter_holds_all_seeds_and_the_judges_line():
+    table, line = lengths("scalar", "ordinal"), fits("scalar", "ordinal")
+    _, ax, _ = policy_plots.length_figure(table, line, frames(), "t").axes
+    changed, same = ax.collections
+    assert changed.get_offsets().tolist() == [[-30, 2]]
+    assert same.get_offsets().tolist() == [[-10, 1], [5, 0.5], [-40, 0.5]]
+    assert not len(changed.get_facecolors())
+    assert to_hex(same.get_facecolors()[0]) == look.BLUE
+    assert ax.lines[0].get_xydata() == pytest.approx(np.array([[-40, 1.3], [5, 0.4]]))
+    assert points(ax, "^") == [(0, 0.5)]
+
+
+def test_the_length_of_an_arm_that_is_not_asked_for():
+    runs = {"ordinal_cautious_s0": frames()["scalar_s0"], "sft": frames()["sft"]}
+    names = ("ordinal_cautious",)
+    figure = policy_plots.length_figure(lengths(*names), fits(*names), runs, "t")
+    figure.draw_without_rendering()
+    assert [ax.get_title("left") for ax in figure.axes] == ["", ARMS[names[0]].label]
+
+
+def test_categories_side_by_side():
+    figure = policy_plots.category_figure(categories("ordinal", "scalar", "scalar_ema"), "t")
+    (ax,) = figure.axes
+    assert rows_named(ax) == ["open qa, n = 8", "write, n = 14"]
+    first, second = points(ax)[:2], points(ax)[2:]
+    assert [x for x, _ in first] == [1.9, 1.1]  # scalar, by the judge
+    assert [x for x, _ in second] == [0.9, 0.1]
+    assert np.mean([first, second], axis=0)[:, 1].tolist() == [1, 0]
+    faces = [line.get_markerfacecolor() for line in lines(ax)]
+    assert faces == [look.BLUE, look.BLUE, look.ORANGE, "white"]
+    assert legend(figure) == [ARMS["scalar"].label, ARMS["ordinal"].label]
+    alone = policy_plots.category_figure(categories("ordinal"), "t")
+    assert legend(alone) == [ARMS["ordinal"].label]
+
+
+def test_seeds_lie_below_their_arm():
+    table = policies("ordinal", "scalar", "scalar_none", "sft")
+    figure = policy_plots.seeds_figure(seeds(scalar=[2.0, 3.0], ordinal=[1.5]), table, "t")
+    (ax,) = figure.axes
+    assert rows_named(ax) == [ARMS["scalar"].label, ARMS["ordinal"].label]
+    gains = table.set_index("policy")["gain_judge"]
+    (scalar, above), (ordinal, _) = points(ax)
+    assert [scalar, ordinal] == [gains["scalar"], gains["ordinal"]]
+    found = points(ax, "s")
+    assert [x for x, _ in found] == [2, 3, 1.5]
+    assert above < found[0][1] < found[1][1] < 0.5 < found[2][1] < 1.5
+    assert spans(ax)[1] == pytest.approx([1.9, 2.2])
+    assert legend(figure) == ["all seeds", "one seed"]

@@ -1,0 +1,486 @@
+"""The tables of the policy study, from small made-up evaluations whose numbers are known."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from utils.environment import RESULTS
+from utils.policy_length import (
+    length_regression,
+    length_table,
+    level_table,
+    matched_gains,
+    regression_table,
+)
+from utils.policy_report import (
+    best_of_n_table,
+    policy_category_table,
+    policy_table,
+    seed_table,
+    temperature_table,
+)
+from utils.policy_runs import (
+    arms_of,
+    extremes,
+    frame_of,
+    frontier_table,
+    peak_table,
+    policies_of,
+    policy_frames,
+    rewards_of,
+    seeds_of,
+)
+from utils.results import ResultsError, append_csv, read_jsonl, write_json, write_jsonl
+from utils.widgets import samples_html
+
+SAMPLES = 400
+RUN = {"status": "finished", "seed": 0, "config": {}, "data_fingerprint": "f" * 16, "seconds": 9.0}
+SCALES = {"scalar": [0.0, 1.0], "ordinal": [4.0, 2.0], "judge": [0.0, 1.0]}
+
+
+def evaluation(judge, **columns):
+    """Rows for three prompts, as many of each as fit; the other columns are told or constant."""
+    each = len(judge) // 3
+    place = np.repeat(np.arange(3), each)
+    judge = np.asarray(judge, dtype=float)
+    made = {
+        "prompt_id": [f"p{i}" for i in place],
+        "category": [("a", "b", "b")[i] for i in place],
+        "prompt": [f"question {i}?" for i in place],
+        "response": [f"answer {value} to {i}" for i, value in zip(place, judge, strict=True)],
+        "finished": True,
+        "length": 20,
+        "repetition": 0.0,
+        "kl": 1.5,
+        "reward_scalar": judge * 2,
+        "reward_ordinal": judge * 3,
+        "reward_judge": judge,
+        "temperature": 0.7,
+    }
+    return pd.DataFrame(made | columns)
+
+
+def write_evaluation(results, name, frame, temperature=0.7, **changes):
+    folder = results / f"cpu-test_{name}"
+    info = RUN | {"config": {"temperature": temperature}, "scales": SCALES}
+    write_json(folder / "run.json", info | changes)
+    write_jsonl(folder / "samples.jsonl", frame.drop(columns="temperature").to_dict("records"))
+
+
+def triple(row, name):
+    return tuple(row[f"{name}{end}"] for end in ("", "_low", "_high"))
+
+
+SFT = evaluation([0.0, 1, 2, 3, 4, 5])
+
+
+@pytest.fixture
+def frames():
+    """Two seeds that gain 1, 1, 0 and 3, 1, 0 by prompt, and controls."""
+    pool = evaluation([0.0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11], kl=math.nan)
+    greedy = {"temperature": 0.0, "kl": 9.0}
+    return {
+        "sft": evaluation([0.0, 1, 2, 3, 4, 5], kl=0.0),
+        "scalar_s0": evaluation([1.0, 2, 3, 4, 4, 5]),
+        "scalar_s1": evaluation([3.0, 4, 3, 4, 4, 5], kl=2.5),
+        "scalar_s0_greedy": evaluation([2.0, 2, 2, 2, 2, 2], **greedy),
+        "sft_16bit": evaluation([0.0, 1, 2, 3, 4, 5], kl=math.nan),
+        "sft_best": evaluation([2.0, 1, 2, 3, 4, 5], temperature=0.2),
+        "sft_greedy": evaluation([1.0, 1, 1, 1, 1, 1], **greedy),
+        "sft_pool": pool,
+    }
+
+
+# Reading
+
+
+def test_evaluations_as_published(tmp_path):
+    write_evaluation(tmp_path, "scalar_s10", SFT)
+    write_evaluation(tmp_path, "scalar_s2", SFT)
+    write_evaluation(tmp_path, "scalar_s2_greedy", SFT, 0.0)
+    write_evaluation(tmp_path, "scalar_s2@0123", SFT, status="running")
+    write_evaluation(tmp_path, "ordinal_s0", SFT)
+    write_evaluation(tmp_path, "sft_pool", evaluation(range(12)))
+    write_evaluation(tmp_path, "sft_16bit", SFT.assign(kl=math.nan))
+    write_evaluation(tmp_path, "sft", SFT)
+    found = policy_frames(tmp_path)
+    pd.testing.assert_frame_equal(found["sft"], SFT, check_dtype=False)
+    assert next(iter(found)) == "sft"
+    assert arms_of(found) == ["ordinal", "scalar"]
+    controls = ["sft", "scalar_s2_greedy", "sft_16bit"]
+    assert policies_of(found) == ["ordinal", "scalar", *controls]
+    assert [*seeds_of(found, "scalar")] == [2, 10]
+    assert [*seeds_of(found, "sft_16bit")] == [None]
+    assert found["sft_16bit"]["kl"].isna().all()
+    assert found["scalar_s2_greedy"]["temperature"].eq(0).all()
+    with pytest.raises(ResultsError, match="no evaluation of 'sft_best', only of sft, ordinal_s0"):
+        frame_of(found, "sft_best")
+
+
+def test_own_rewards():
+    assert rewards_of("sft_best") == {"judge": "reward_judge"}
+    assert rewards_of("scalar_none")["own"] == rewards_of("scalar_s0_greedy")["own"]
+    assert rewards_of("ordinal_cautious") == {"judge": "reward_judge", "own": "reward_ordinal"}
+
+
+@pytest.mark.parametrize(
+    ("frame", "changes", "message"),
+    [
+        (SFT, {"status": "running"}, "cpu-test_scalar_s0 is not finished, its status is 'running'"),
+        (SFT.drop(columns="reward_judge"), {}, r"cpu-test_scalar_s0 lacks the reward of \['judge'"),
+        (SFT[::-1], {}, "cpu-test_sft and cpu-test_scalar_s0 have other prompts, another order"),
+        (SFT[:5], {}, "cpu-test_sft and cpu-test_scalar_s0 have other prompts, another order"),
+        (evaluation(range(12)), {}, "another number of samples, and do not compare: evaluate it"),
+        (SFT, {"scales": {}}, "cpu-test_scalar_s0 measured rewards on different scales"),
+    ],
+)
+def test_evaluations_that_do_not_compare_are_named(tmp_path, frame, changes, message):
+    write_evaluation(tmp_path, "sft", SFT)
+    write_evaluation(tmp_path, "scalar_s0", frame, **changes)
+    with pytest.raises(ResultsError, match=message):
+        policy_frames(tmp_path)
+
+
+def test_without_the_sft_model_nothing_compares(tmp_path):
+    write_evaluation(tmp_path, "scalar_s0", SFT)
+    with pytest.raises(ResultsError, match="publish cpu-test_sft, which `python -m"):
+        policy_frames(tmp_path)
+
+
+# All policies
+
+
+def test_policies_by_hand(frames):
+    table = policy_table(frames, 4000).set_index("policy")
+    assert [*table.index] == ["scalar", "sft", "scalar_s0_greedy", *[*frames][4:7]], "no pool"
+    row = table.loc["scalar"]
+    assert (row["group"], row["seeds"], row["n"]) == ("arm", 2, 3)
+    # Prompts gain 1, 1, 0 with one seed and 3, 1, 0 with the other: p2 thrice has 1/27.
+    assert triple(row, "gain_judge") == pytest.approx((1, 0, 7 / 3))
+    assert row["gain_judge_sd"] == pytest.approx((4 / 3 - 2 / 3) / math.sqrt(2))
+    assert row["gain_judge_agree"] is True
+    assert row["gain_ordinal"] == pytest.approx(3)
+    assert row["reward_scalar"] == pytest.approx(2 * 3.5)
+    assert row["reward_judge_high"] - row["reward_judge_low"] > 1, "prompts differ, gains less"
+    assert row["kl"] == pytest.approx(2)
+    assert (row["win"], row["tie"], row["loss"]) == pytest.approx((2 / 3, 1 / 3, 0))
+    assert row["win_rate"] == pytest.approx(5 / 6)
+    # Against 2, 1, 2, 3, 4, 5: one seed loses a row and wins three, the other wins four.
+    assert (row["win_best"], row["tie_best"]) == pytest.approx((7 / 12, 4 / 12))
+    assert row["loss_best"] == pytest.approx(1 / 12)
+    assert row["win_rate_best"] == pytest.approx(9 / 12)
+    sft = table.loc["sft"]
+    assert triple(sft, "gain_judge") == (0, 0, 0)
+    assert (sft["group"], sft["seeds"], sft["tie"], sft["win_rate"]) == ("control", 1, 1, 0.5)
+    assert math.isnan(sft["gain_judge_sd"])
+    assert math.isnan(table.loc["sft_16bit", "kl"])
+
+
+def test_seeds_pooled_are_not_independent_prompts(frames):
+    """The same answers under three seeds give the interval of one seed, not a narrower one."""
+    frames = {"sft": frames["sft"], "sft_best": frames["sft_best"]}
+    once = policy_table({**frames, "scalar_s0": SFT * 1}, SAMPLES)
+    copies = {f"scalar_s{seed}": SFT for seed in range(3)}
+    thrice = policy_table({**frames, **copies}, SAMPLES)
+    for name in ("reward_judge", "gain_judge", "win_rate_best"):
+        assert triple(thrice.loc[0], name) == pytest.approx(triple(once.loc[0], name))
+    columns = ["distinct_2", "distinct2_ratio", "distinct_2_words", "distinct2_ratio_words"]
+    pd.testing.assert_frame_equal(thrice[columns], once[columns])
+    assert thrice.loc[0, "distinct2_ratio"] == 1, "seeds that say the same repeat nothing"
+
+
+def test_diversity_on_as_many_words(frames):
+    """SFT says twelve different words per text, the policy two: few words repeat less."""
+    long = [" ".join(f"w{(i * 12 + j) % 36}" for j in range(12)) for i in range(6)]
+    short = [f"x{i} y{i}" for i in range(6)]
+    given = {"sft": frames["sft"].assign(response=long), "sft_best": frames["sft_best"]}
+    given["sft_best"] = given["sft_best"].assign(response=long)
+    table = policy_table({**given, "scalar_s0": frames["scalar_s0"].assign(response=short)}, 50)
+    row = table.set_index("policy").loc["scalar"]
+    assert row["words"] == 12
+    assert row["distinct2_ratio"] == pytest.approx(2), "all the policy's, half of the SFT model's"
+    assert row["distinct2_ratio_words"] == pytest.approx(1), "twelve words repeat nothing"
+
+
+def test_seeds(frames):
+    table = seed_table(frames, 4000)
+    assert table["seed"].tolist() == [0, 1]
+    assert table["policy"].tolist() == ["scalar"] * 2
+    assert triple(table.loc[0], "gain_judge") == pytest.approx((2 / 3, 0, 1))
+    assert triple(table.loc[1], "gain_own") == pytest.approx((8 / 3, 0, 6))
+    assert table["kl"].tolist() == [1.5, 2.5]
+
+
+def test_categories(frames):
+    rows = policy_category_table(frames, 4000).set_index(["policy", "reward", "category"])
+    columns = ["value", "low", "high", "n"]
+    assert len(rows) == 4
+    assert tuple(rows.loc[("scalar", "judge", "a"), columns]) == pytest.approx((2, 1, 3, 1))
+    assert tuple(rows.loc[("scalar", "own", "b"), columns]) == pytest.approx((1, 0, 2, 2))
+
+
+def test_temperature(frames):
+    table = temperature_table(frames, SAMPLES)
+    rows = table.set_index(["decoding", "against"])
+    assert [*rows.index] == [
+        (decoding, against)
+        for decoding in ("sampled", "greedy")
+        for against in ("sft_best", "sft_greedy")
+    ]
+    assert rows["temperature"].tolist() == [0.7, 0.7, 0, 0]
+    assert rows["seeds"].tolist() == [2, 2, 1, 1]
+    # Means: arm 3.5, its greedy decoding 2, SFT at its best 17/6, greedy 1; own rewards twice that.
+    assert rows["judge"].tolist() == pytest.approx([3.5 - 17 / 6, 2.5, 2 - 17 / 6, 1])
+    assert rows["own"].tolist() == pytest.approx((2 * rows["judge"]).tolist())
+    assert triple(rows.loc[("greedy", "sft_greedy")], "judge") == (1, 1, 1)
+
+
+def test_best_of_n_by_hand(frames):
+    """Four samples per prompt; the judge prefers what the proxy puts second."""
+    proxy = [0.0, 1, 2, 3] * 3
+    judge = [0.0, 0, 6, 0, 1, 1, 7, 1, 2, 2, 8, 2]
+    pool = evaluation(judge, reward_scalar=proxy, length=[10, 20, 30, 40] * 3)
+    pool["finished"] = [True, True, True, False] * 3
+    table = best_of_n_table(pool, SAMPLES, proxies=["scalar"], ns=[1, 2, 4])
+    assert table["kl"].tolist() == pytest.approx([0, math.log(2) - 0.5, math.log(4) - 0.75])
+    assert table["sqrt_kl"].tolist() == pytest.approx([k**0.5 for k in table["kl"]])
+    assert table["reward"].tolist() == pytest.approx([1.5, (1 + 2 * 2 + 3 * 3) / 6, 3])
+    assert table["reward_gain"].tolist() == pytest.approx([0, 14 / 6 - 1.5, 1.5])
+    assert table["judge"].tolist() == pytest.approx([2.5, 3, 1])
+    assert table["length"].tolist() == pytest.approx([25, 200 / 6, 40])
+    assert table["finished"].tolist() == pytest.approx([0.75, 0.5, 0])
+    assert triple(table.loc[1], "judge_gain") == pytest.approx((0.5, 0.5, 0.5)), "paired"
+    assert table.loc[1, "judge_low"] < 3 < table.loc[1, "judge_high"], "over prompts"
+
+
+# Equal length
+
+
+def lengths(values, judge, **columns):
+    return evaluation(judge, length=values, **columns)
+
+
+def test_a_match_is_the_nearest_of_the_same_prompt():
+    policy = lengths([10, 60, 30], [5.0, 5, 5])
+    pool = lengths([16, 15, 48, 72, 10, 60], [0.0, 1, 2, 4, 9, 9])
+    found = matched_gains(policy, pool, "reward_judge")
+    # 15 is five tokens from 10; 48 and 72 are both 20% from 60, so their mean; 10 and 60 are the
+    # very lengths of the other prompts, and far from 30.
+    np.testing.assert_allclose(found, [4, 2, np.nan])
+    np.testing.assert_allclose(matched_gains(policy, pool, "length"), [-5, 0, np.nan])
+    just_over = lengths([9, 60, 30], [5.0, 5, 5])
+    apart = lengths([15, 15, 47, 73, 10, 60], [0.0, 1, 2, 4, 9, 9])
+    assert np.isnan(matched_gains(just_over, apart, "reward_judge")).all()
+
+
+def test_a_match_may_have_to_end_alike():
+    policy = lengths([20, 20, 20], [5.0, 5, 5], finished=[True, False, True])
+    ended = [False, True, False, True, False, False]
+    pool = lengths([20, 22, 20, 20, 20, 20], [0.0, 1, 2, 3, 4, 4], finished=ended)
+    np.testing.assert_allclose(matched_gains(policy, pool, "reward_judge"), [5, 2.5, 1])
+    alike = matched_gains(policy, pool, "reward_judge", same_finish=True)
+    np.testing.assert_allclose(alike, [4, 3, np.nan])
+
+
+def linear(generator, gain, slope, finish, shift):
+    """An SFT evaluation and one whose gain is linear in what changed, and else `gain`."""
+    before = generator.integers(40, 96, 12)
+    after = np.maximum(before + shift - generator.integers(0, 20, 12), 2)
+    ended = [generator.integers(0, 2, 12).astype(bool) for _ in range(2)]
+    start = generator.normal(size=12)
+    change = slope * (after - before) / 10 + finish * (ended[1].astype(int) - ended[0])
+    base = lengths(before, start, finished=ended[0])
+    return base, lengths(after, start + gain + change, finished=ended[1])
+
+
+def test_regression_finds_what_length_and_ending_do_not_explain():
+    generator = np.random.default_rng(0)
+    base, own = linear(generator, gain=0.25, slope=-0.5, finish=1.5, shift=-30)
+    assert (own["reward_judge"] - base["reward_judge"]).mean() > 1, "mostly by being shorter"
+    found = length_regression([own], [base], "reward_judge", SAMPLES)
+    for name, value in (("unchanged", 0.25), ("per_10_tokens", -0.5), ("per_finish", 1.5)):
+        assert triple(found, name) == pytest.approx((value,) * 3, abs=1e-6)
+
+
+def test_regression_is_least_squares_over_all_completions_of_all_seeds():
+    generator = np.random.default_rng(1)
+    base, own = linear(generator, gain=0.25, slope=-0.5, finish=1.5, shift=0)
+    seeds = [own.assign(reward_judge=own["reward_judge"] + generator.normal(size=12)) for _ in "ab"]
+    found = length_regression(seeds, [base] * 2, "reward_judge", SAMPLES)
+    known = np.stack([own[c].astype(float) - base[c].astype(float) for c in ("length", "finished")])
+    known = np.tile(np.vstack([np.ones(12), known[0] / 10, known[1]]).T, (2, 1))
+    gains = np.concatenate([seed["reward_judge"] - base["reward_judge"] for seed in seeds])
+    expected = np.linalg.lstsq(known, gains, rcond=None)[0]
+    values = [found[name] for name in ("unchanged", "per_10_tokens", "per_finish")]
+    assert values == pytest.approx(expected)
+    for name, value in zip(("unchanged", "per_10_tokens", "per_finish"), values, strict=True):
+        assert found[f"{name}_low"] < value < found[f"{name}_high"]
+
+
+def test_where_nothing_changed_the_gain_is_its_mean(frames):
+    found = length_regression([frames["scalar_s0"]], [frames["sft"]], "reward_judge", SAMPLES)
+    assert found["unchanged"] == pytest.approx(2 / 3)
+    assert found["per_10_tokens"] == found["per_finish"] == 0
+
+
+def test_length_table(frames):
+    frames["scalar_s0"]["length"] = [20, 20, 90, 90, 20, 20]
+    rows = length_table(frames, SAMPLES).set_index(["policy", "reward", "method"])
+    assert not {"sft", "sft_pool"} & {*rows.index.get_level_values("policy")}
+    assert {*rows.loc["sft_greedy"].index.get_level_values("reward")} == {"judge"}
+    raw, near, even, fitted = rows.loc[("scalar", "judge")].to_dict("records")
+    assert raw["value"] == pytest.approx(1)
+    assert (raw["matched"], raw["raw_there"], raw["seeds"], raw["n"]) == (1, raw["value"], 2, 3)
+    assert raw["length_change"] == pytest.approx(140 / 12)
+    # The pool has 1.5, 5.5, 9.5 on the prompts; p1 of the first seed has no match.
+    cells = [0, -5, 2, -2, -5]
+    assert near["value"] == pytest.approx(np.mean(cells)) == even["value"]
+    assert near["matched"] == pytest.approx(10 / 12)
+    assert near["raw_there"] == pytest.approx((2 * 1 + 2 * 3 + 2 * 1) / 10)
+    assert near["length_change"] == 0
+    assert near["n"] == 3, "p1 has a match under the other seed"
+    slopes = regression_table(frames, SAMPLES).set_index(["policy", "reward"])
+    columns = ["unchanged", "unchanged_low", "unchanged_high"]
+    expected = slopes.loc[("scalar", "judge"), columns].tolist()
+    assert [fitted[end] for end in ("value", "low", "high")] == expected
+
+
+def test_levels_seed_by_seed(frames):
+    frames["ordinal_s0"] = evaluation([2.0, 3, 3, 4, 4, 5], length=10, kl=4.0)
+    frames["ordinal_s1"] = evaluation([4.0, 5, 3, 4, 4, 5], length=30, kl=4.0)
+    frames["ordinal_s7"] = evaluation([99.0] * 6)
+    frames["ordinal_s1"].loc[2:3, "length"] = 90
+    rows = level_table(frames, SAMPLES).set_index("method")
+    raw = rows.loc["raw"]
+    # Each seed gains 1 on p0 over its own twin; with the other seed it would be 3 or -1.
+    assert (raw["value"], raw["low"], raw["high"]) == pytest.approx((1 / 3, 0, 1))
+    assert (raw["seed_sd"], raw["seeds_agree"], raw["seeds"]) == (0, True, 2)
+    assert (raw["kl_scalar"], raw["kl_ordinal"]) == (2, 4)
+    assert (raw["length_scalar"], raw["length_ordinal"]) == (20, 30)
+    assert rows["n"].tolist() == [3, 0, 0, 3], "no match within six tokens of 10, 30 or 90"
+    frames["sft_pool"] = pd.concat([frames["sft_pool"], frames["sft_pool"].assign(length=10)])
+    frames["sft_pool"] = frames["sft_pool"].sort_values("prompt_id", kind="stable")
+    frames["sft_pool"] = frames["sft_pool"].reset_index(drop=True)
+    near = level_table(frames, SAMPLES).set_index("method").loc["length"]
+    assert near["value"] == pytest.approx(1 / 3), "the first seed alone has matches for both"
+    with pytest.raises(ResultsError, match="'scalar' and 'sft' have no seed in common"):
+        level_table(frames, SAMPLES, "scalar", "sft")
+
+
+# Samples
+
+
+def test_extremes(frames):
+    frames["scalar_s0"] = evaluation([0.0, 6, 2, 1, 4, 5])  # gains 0, 5; 0, -2; 0, 0
+    table = extremes(frames, "scalar_s0", k=2, random=3)
+    assert table["list"].tolist() == ["gain"] * 2 + ["loss"] * 2 + ["random"] * 3
+    assert table["gain"].tolist()[:4] == [5, 0, -2, 0]
+    assert table["prompt_id"].tolist()[0] == "p0"
+    assert table["prompt_id"].tolist()[2] == "p1"
+    assert table.loc[0, "response [scalar_s0]"] == "answer 6.0 to 0"
+    assert table.loc[0, "response [sft]"] == "answer 1.0 to 0", "of the same sample"
+    assert (table.loc[0, "reward_judge [sft]"], table.loc[2, "reward_judge [scalar_s0]"]) == (1, 1)
+    assert sorted(table["prompt_id"][4:]) == ["p0", "p1", "p2"], "each prompt once"
+    again = extremes(frames, "scalar_s0", k=2, random=3)
+    pd.testing.assert_frame_equal(table, again)
+    html = samples_html(table)
+    assert "answer 6.0 to 0" in html
+    assert "reward_judge" in html
+
+
+# Training curves
+
+
+def write_training(results, name, rows, **changes):
+    folder = results / f"cpu-align_{name}"
+    seed = int(name.rpartition("_s")[2])
+    write_json(folder / "run.json", RUN | {"seed": seed} | changes)
+    for row in rows:
+        append_csv(folder / "metrics.csv", row)
+
+
+def curve(rewards, judges):
+    """An evaluation every second step, with a step between that has none."""
+    rows = []
+    for place, (reward, judge) in enumerate(zip(rewards, judges, strict=True)):
+        ends = {"eval_reward_low": reward - 0.5, "eval_reward_high": reward + 0.5}
+        measured = {"eval_reward": reward, **ends, "eval_kl": place**2 - 0.01, "eval_judge": judge}
+        training = {"reward": None, "kl": None}
+        rows.append({"step": 2 * place, **training, **measured, "eval_mean_length": 50.0})
+        training = {"reward": 9.0, "kl": 7.0}
+        rows.append({"step": 2 * place + 1, **training, **dict.fromkeys(measured)})
+        rows[-1]["eval_mean_length"] = None
+    return rows
+
+
+def test_frontier_and_where_it_parts(tmp_path):
+    write_training(tmp_path, "ordinal_beats_sft_s0", curve([0.0, 1, 2, 3], [0.0, 2, 2, 1]))
+    write_training(tmp_path, "scalar_s10", curve([0.0, 1, 0.5], [0.0, 0.5, 0.75]))
+    write_training(tmp_path, "scalar_s2", curve([0.0, 1, 2], [0.0, 0.5, 0.75]))
+    table = frontier_table(tmp_path)
+    arms = ["ordinal_beats_sft"] * 4 + ["scalar"] * 6
+    assert table["arm"].tolist() == arms
+    assert table["seed"].tolist() == [0] * 4 + [2] * 3 + [10] * 3
+    assert table["step"].tolist() == [0, 2, 4, 6, 0, 2, 4, 0, 2, 4]
+    assert table["sqrt_kl"][0] == 0, "an estimate below zero has no root"
+    assert table["sqrt_kl"][2] == pytest.approx(math.sqrt(3.99))
+    assert table.loc[3, ["reward", "reward_low", "reward_high", "judge"]].tolist() == [
+        3,
+        2.5,
+        3.5,
+        1,
+    ]
+    ordinal, second, tenth = peak_table(table).to_dict("records")
+    assert (ordinal["reward_step"], ordinal["judge_step"]) == (6, 2), "the first of equal maxima"
+    assert (ordinal["judge_max"], ordinal["judge_at_reward_max"], ordinal["judge_last"]) == (
+        2,
+        1,
+        1,
+    )
+    assert ordinal["judge_kl"] == pytest.approx(0.99)
+    assert [row["parted"] for row in (ordinal, second, tenth)] == [True, False, False]
+
+
+def test_training_runs_that_cannot_be_used_are_named(tmp_path):
+    assert frontier_table(tmp_path).empty
+    rows = [{k: v for k, v in row.items() if k != "eval_judge"} for row in curve([0.0], [0.0])]
+    write_training(tmp_path, "scalar_s0", rows)
+    with pytest.raises(ResultsError, match="cpu-align_scalar_s0 was not evaluated by the judge"):
+        frontier_table(tmp_path)
+    write_training(tmp_path, "ordinal_s1", curve([0.0], [0.0]), seed=0)
+    with pytest.raises(ResultsError, match="cpu-align_ordinal_s1 was trained with seed 0"):
+        frontier_table(tmp_path)
+
+
+# Real data
+
+
+def test_the_tables_of_real_evaluations(tmp_path):
+    """The published `quick` evaluations, with the mean of both rewards for the judge's."""
+    policies = {"scalar_s0": "align_scalar", "ordinal_s0": "align_ordinal"}
+    policies |= {name: name for name in ("sft", "sft_best", "sft_greedy", "sft_16bit")}
+    for name, source in policies.items():
+        folder = RESULTS / f"quick-test_{source}"
+        frame = pd.DataFrame(read_jsonl(folder / "samples.jsonl")).assign(temperature=0.7)
+        frame["reward_judge"] = frame[["reward_scalar", "reward_ordinal"]].mean(axis=1)
+        temperature = json.loads((folder / "run.json").read_text())["config"]["temperature"]
+        write_evaluation(tmp_path, name, frame, temperature)
+        if name == "sft":
+            four = pd.concat([frame] * 4).sort_values("prompt_id", kind="stable")
+            order = four["prompt_id"].map({p: i for i, p in enumerate(frame["prompt_id"])})
+            write_evaluation(tmp_path, "sft_pool", four.iloc[order.argsort(kind="stable")])
+    frames = policy_frames(tmp_path)
+    table = policy_table(frames, 50).set_index("policy")
+    assert len(table) == 6
+    assert not table.drop(columns=["kl"]).filter(regex="^(?!.*(_sd|_agree))").isna().any().any()
+    for name in ("gain_judge", "win_rate", "win_rate_best"):
+        value, low, high = triple(table.loc["scalar"], name)
+        assert low < value < high
+    assert len(length_table(frames, 50)) == 4 * (2 * 2 + 3)
+    assert len(seed_table(frames, 50)) == 2
+    assert level_table(frames, 50)["method"].tolist()[0] == "raw"
+    assert best_of_n_table(frames["sft_pool"], 50, ns=[2, 4])["judge_gain"].abs().max() < 1e-9
+    assert len(extremes(frames, "ordinal_s0")) == 30

@@ -1,0 +1,185 @@
+"""Statistics of the policy study, against values by hand and against their usual mistakes."""
+
+import itertools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from utils.evaluation import clustered_interval, distinct_n
+from utils.policy_stats import (
+    TIE,
+    crossed_interval,
+    crossed_sums,
+    distinct_of_words,
+    outcomes,
+    paired_gains,
+    pick_weights,
+    prompt_means,
+)
+
+SAMPLES = 2000
+
+
+def frame(prompts, **columns):
+    return pd.DataFrame({"prompt_id": list(prompts), **columns})
+
+
+def ends(found):
+    return found["value"], found["low"], found["high"]
+
+
+# Prompts and seeds
+
+
+def test_one_seed_is_the_bootstrap_over_prompts():
+    values = np.random.default_rng(1).normal(size=(1, 12))
+    prompts = [f"p{i:02}" for i in range(12)]
+    found = crossed_interval(values, 500, seed=3)
+    expected = clustered_interval(values[0], prompts, 500, seed=3)
+    assert ends(found) == pytest.approx(ends(expected), abs=1e-12)
+    assert (found["seeds"], found["n"]) == (1, 12)
+    assert math.isnan(found["seed_sd"])
+    assert math.isnan(found["seeds_agree"])
+
+
+def test_seeds_that_differ_widen_the_interval_however_many_prompts():
+    """Prompts that all say the same leave only the seeds: three draws of -1, 0 and 4."""
+    values = np.repeat([[-1.0], [0.0], [4.0]], 200, axis=1)
+    found = crossed_interval(values, SAMPLES)
+    # The same seed three times has chance 1/27 > 2.5%; prompts alone would give an interval of 0.
+    assert ends(found) == pytest.approx((1, -1, 4))
+    assert found["seed_sd"] == pytest.approx(np.std([-1, 0, 4], ddof=1))
+    assert found["seeds_agree"] is False
+    assert crossed_interval(values + 2, 20)["seeds_agree"] is True
+    assert crossed_interval(-values - 2, 20)["seeds_agree"] is True
+
+
+def test_more_seeds_of_the_same_prompts_are_no_more_prompts():
+    one = np.random.default_rng(0).normal(size=(1, 30))
+    alone, tripled = (crossed_interval(np.repeat(one, k, axis=0), SAMPLES) for k in (1, 3))
+    assert ends(tripled) == pytest.approx(ends(alone))
+    pooled = crossed_interval(np.tile(one, 3), SAMPLES)  # the mistake: 90 independent rows
+    assert pooled["high"] - pooled["low"] < 0.75 * (tripled["high"] - tripled["low"])
+
+
+def test_both_factors_count():
+    generator = np.random.default_rng(0)
+    prompts, seeds = generator.normal(size=(1, 40)), np.array([[-1.0], [0.0], [1.0]])
+    found = crossed_interval(prompts + seeds, SAMPLES)
+    sd = (found["high"] - found["low"]) / 3.92
+    expected = math.hypot(prompts.std() / math.sqrt(40), np.std([-1, 0, 1]) / math.sqrt(3))
+    assert sd == pytest.approx(expected, rel=0.1)
+
+
+def test_cells_without_a_value_do_not_count():
+    values = np.array([[1.0, np.nan, 4.0], [3.0, np.nan, np.nan]])
+    found = crossed_interval(values, SAMPLES)
+    assert found["value"] == pytest.approx(8 / 3), "not the mean of the seeds', nor with zeros"
+    assert (found["low"], found["high"], found["n"]) == (1, 4, 2)
+    nothing = crossed_interval(np.full((2, 3), np.nan), 20)
+    assert all(math.isnan(value) for value in ends(nothing))
+    assert nothing["n"] == 0
+
+
+def test_sums_start_with_the_plain_one_and_repeat():
+    totals = np.arange(24.0).reshape(2, 3, 2, 2)
+    sums = crossed_sums(totals, 50)
+    assert sums.shape == (51, 2, 2)
+    np.testing.assert_allclose(sums[0], totals.sum((0, 1)))
+    np.testing.assert_array_equal(sums, crossed_sums(totals, 50))
+    assert not np.array_equal(sums, crossed_sums(totals, 50, seed=1))
+    # Each resample draws two seeds and three prompts, hence six cells.
+    np.testing.assert_allclose(crossed_sums(np.ones((2, 3)), 50), 6)
+
+
+def test_means_by_prompt_keep_the_order_of_the_prompts():
+    part = frame("zzaa")
+    found = prompt_means([part, part], [np.array([1, 3, 5, 5]), np.array([0, np.nan, 2, 4])])
+    np.testing.assert_allclose(found, [[2, 5], [0, 3]])
+
+
+def test_gains_are_paired():
+    base = frame("aabb", reward=[0.0, 10.0, 20.0, 30.0])
+    better = frame("aabb", reward=[1.0, 11.0, 21.0, 31.0])
+    gains = paired_gains([better, base], [base, base], "reward")
+    np.testing.assert_allclose(gains, [[1, 1], [0, 0]])
+    assert ends(crossed_interval(gains[:1], 100)) == (1, 1, 1), "no spread of the prompts' own"
+
+
+# Wins
+
+
+def test_wins_ties_and_losses():
+    base = pd.DataFrame({"response": list("abcde"), "judge": [0.0, 0, 0, 0, 0]})
+    rewards = [TIE * 1.01, TIE * 0.99, -TIE * 0.99, -TIE * 1.01, 5]
+    own = pd.DataFrame({"response": list("vwxye"), "judge": rewards})
+    found = outcomes(own, base, "judge")
+    assert found["win"].tolist() == [1, 0, 0, 0, 0], "the same text cannot win"
+    assert found["tie"].tolist() == [0, 1, 1, 0, 1]
+    assert found["loss"].tolist() == [0, 0, 0, 1, 0]
+    assert found["win_rate"].tolist() == [1, 0.5, 0.5, 0, 0.5]
+
+
+# Amounts of text
+
+
+def test_distinct_bigrams_of_as_many_words():
+    short = ["a b c", "d e f"]
+    long = ["a b c d e f g h a b c d e f g h", "a b c d e f g h"]
+    assert distinct_n(long) < 0.6
+    assert distinct_of_words(short, 6) == 1
+    assert distinct_of_words(long, 6) == 1, "its first six words repeat nothing"
+    assert distinct_of_words(long, 99) == distinct_n(long)
+    halves = distinct_of_words(["a a a a", "b b b b"], 6)
+    assert halves == 2 / 4, "three bigrams of one text and one of the other; none spans both"
+
+
+def test_texts_are_taken_in_a_shuffled_order_that_is_the_same_for_all():
+    texts = ["x x x"] * 10 + [f"{i} {i + 1} {i + 2}" for i in range(0, 30, 3)]
+    assert distinct_of_words(texts, 30) > 0.3, "in the given order all are x"
+    assert distinct_of_words(texts, 30) == distinct_of_words([t.upper() for t in texts], 30)
+
+
+# Best of n
+
+
+def brute_force(scores, values, n):
+    """Average the pick's value over all subsets; ties share."""
+    picks = []
+    for subset in itertools.combinations(range(len(scores)), n):
+        best = max(scores[i] for i in subset)
+        picks.append(np.mean([values[i] for i in subset if scores[i] == best]))
+    return np.mean(picks)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_best_of_n_is_exact_over_all_subsets(n):
+    scores = np.array([[0.3, -1.0, 2.0, 0.5, 0.1], [0.0, 1.0, 2.0, 3.0, 4.0]])
+    values = np.array([[5.0, 1.0, -3.0, 2.0, 7.0], [1.0, 0.0, 0.0, 0.0, 9.0]])
+    weights = pick_weights(scores, n)
+    np.testing.assert_allclose(weights.sum(1), 1)
+    for row in range(2):
+        expected = brute_force(scores[row], values[row], n)
+        assert weights[row] @ values[row] == pytest.approx(expected)
+
+
+def test_best_of_n_draws_without_replacement():
+    """With replacement the best of four could still be the worst of four."""
+    weights = pick_weights(np.array([[1.0, 2.0, 3.0, 4.0]]), 4)
+    np.testing.assert_allclose(weights, [[0, 0, 0, 1]])
+    pairs = pick_weights(np.array([[1.0, 2.0, 3.0, 4.0]]), 2)
+    np.testing.assert_allclose(pairs, [[0, 1 / 6, 2 / 6, 3 / 6]])
+
+
+def test_equal_scores_share_their_chance():
+    np.testing.assert_allclose(pick_weights(np.ones((1, 4)), 3), [[0.25] * 4])
+    found = pick_weights(np.array([[2.0, 1.0, 2.0]]), 2)
+    np.testing.assert_allclose(found, [[0.5, 0, 0.5]])
+
+
+@pytest.mark.parametrize("n", [0, 5])
+def test_no_best_of_more_than_there_are(n):
+    with pytest.raises(ValueError, match=f"no best of {n} among 4 samples: choose n from 1 to 4"):
+        pick_weights(np.ones((2, 4)), n)

@@ -1,0 +1,377 @@
+"""The policies of the study, with a tiny model and reward models that look at the text alone."""
+
+import dataclasses
+import hashlib
+import json
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from utils import comparison, pipeline, policy_arms, policy_study, published, results
+from utils.architecture import transformers_config
+from utils.checkpoints import load_adapter
+from utils.config import ModelConfig, flatten
+from utils.evaluation import evaluate_policy
+from utils.losses import CLASSES, expected_rating
+from utils.model_size import GB, ModelSize
+from utils.pipeline import prepared_data, reward_scale, sft_stage
+from utils.policy_arms import ARMS, SEEDS, SETTINGS, TRIALS, PolicyArm, policy_profile
+from utils.profiles import PROFILES
+from utils.readouts import READOUTS
+from utils.reinforce import TrainingStopped
+from utils.results import ResultsError, read_json, read_jsonl
+from utils.rewards import KINDS
+
+LAZY = {"reinforce.learning_rate": 0.0}  # never leaves the SFT model
+SMALL = {
+    "scalar": PolicyArm("scalar", "moves", seeds=(0, 1)),
+    "lazy": PolicyArm("scalar", "stays", changes=LAZY),
+    "beats": PolicyArm("ordinal", "beats", "beats_sft"),
+    "untrained": PolicyArm("scalar", "is not trained"),
+}
+SUMS = {"scalar": ["aa"], "ordinal": ["bb"], "judge": ["cc", "dd"]}
+
+
+class Wordy:
+    """Rates by the number of characters, with a doubt that depends on the first one."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def logits(self, prompts, responses, finished):
+        size = torch.tensor([float(len(text) % 23) for text in responses])[:, None]
+        if self.kind == "scalar":
+            return size
+        first = torch.tensor([float(ord(text[:1] or " ") % 5) for text in responses])[:, None]
+        return -(torch.arange(CLASSES) - size / 3).square() / (1 + first)
+
+    def score(self, *texts):
+        logits = self.logits(*texts)
+        return expected_rating(logits) if self.kind == "ordinal" else logits[:, 0]
+
+
+def forget():
+    """Do as a new process would."""
+    cached = (policy_study._scorer, policy_study._training_reward, reward_scale, sft_stage)
+    for function in (*cached, prepared_data):
+        function.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The study at the size of `smoke`: three arms trained, one of them with two seeds."""
+    root = tmp_path_factory.mktemp("study")
+    profile = dataclasses.replace(PROFILES["smoke"], name="cpu")
+    settings = {
+        "evaluation.samples_per_prompt": 2,
+        "evaluation.sft_temperatures": [0.2],
+        "reinforce.learning_rate": 3e-2,
+        "reinforce.steps": 2,
+        "reinforce.eval_steps": 1,
+        "data.test_prompts": 3,
+    }
+    models = root / "results" / "models"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REPORT_PROFILE", "quick")
+        patch.setattr(policy_arms, "PROFILES", {"cpu": profile})
+        patch.setattr(policy_arms, "SETTINGS", settings)
+        for module in (policy_arms, policy_study):
+            patch.setattr(module, "ARMS", SMALL)
+        patch.setattr(published, "POLICY_ARMS", SMALL)
+        patch.setattr(policy_study, "load_published", lambda name: Wordy(name))
+        patch.setattr(policy_study, "published_sums", lambda names: {n: SUMS[n] for n in names})
+        patch.setattr(results, "ROOT", root)
+        patch.setattr(published, "ROOT", root)
+        patch.setattr(published, "MODELS", models)
+        patch.setattr(published, "INDEX", models / "index.json")
+        forget()
+        for name, seed in (("scalar", 0), ("scalar", 1), ("lazy", 0), ("beats", 0)):
+            policy_study.policy_stage(name, seed)
+        patch.frames = policy_study.evaluation_stages()
+        patch.runs, patch.root = root / "runs" / "cpu", root
+        yield patch
+    forget()
+
+
+def samples(world, name):
+    return pd.DataFrame(read_jsonl(world.runs / name / "samples.jsonl"))
+
+
+# What the arms are
+
+
+def test_every_arm_is_a_profile_and_differs_in_what_it_names_only():
+    base = flatten(PROFILES["cpu"])
+    for name, arm in ARMS.items():
+        found = flatten(policy_profile(name, 7))
+        changed = {key for key, value in found.items() if value != base[key]}
+        assert changed - set(SETTINGS) - set(arm.changes) == {"seed"}, name
+        assert {key: found[key] for key in SETTINGS} == SETTINGS | {
+            key: value for key, value in arm.changes.items() if key in SETTINGS
+        }
+        assert arm.reward in KINDS
+        assert arm.readout in READOUTS
+    assert {name for name, arm in ARMS.items() if arm.seeds == SEEDS} == {"scalar", "ordinal"}
+    assert len({arm.label for arm in ARMS.values()}) == len(ARMS)
+    assert {arm.readout for arm in ARMS.values()} == set(READOUTS)
+
+
+def test_a_trial_takes_half_the_steps_with_its_own_settings():
+    for name, changes in TRIALS.items():
+        found = policy_arms.trial_profile(name).reinforce
+        assert found.steps == SETTINGS["reinforce.steps"] // 2
+        assert found.beta == changes["reinforce.beta"]
+        assert found.learning_rate == changes["reinforce.learning_rate"]
+
+
+def test_a_published_adapter_has_at_most_six_megabytes():
+    reinforce, model = policy_profile("scalar", 0).reinforce, ModelConfig()
+    with_moments = ModelSize(transformers_config(model)).adapter_gb(reinforce.lora_r, 0)
+    in_bf16 = with_moments * GB / 8  # fp32 weight, gradient and two moments are 16 bytes
+    assert 1e6 < in_bf16 < 6e6
+
+
+def test_the_study_does_not_follow_the_notebooks_profile(monkeypatch):
+    monkeypatch.setenv("REPORT_PROFILE", "smoke")
+    assert policy_profile("scalar", 1).model == PROFILES["cpu"].model
+
+
+# Training
+
+
+def test_training_and_held_out_rewards(world):
+    info = read_json(world.runs / "align_beats_s0" / "run.json")
+    assert info["status"] == "finished"
+    assert 0 < info["reward_mean"] < 1, "the unit of the training reward is that of P(beats)"
+    metrics = pd.read_csv(world.runs / "align_beats_s0" / "metrics.csv")
+    assert metrics["step"].tolist() == [0, 1, 2]
+    assert metrics["eval_judge"].notna().all()
+    # The curve is that of the expected rating, in its own unit, so that arms compare.
+    profile = policy_arms.policy_profile("beats", 0)
+    policy, tokenizer = pipeline.load_sft(profile)
+    load_adapter(world.runs / "align_beats_s0", policy)
+    prompts = prepared_data(profile).prompts("validation")
+    models = {"own": Wordy("ordinal"), "judge": Wordy("judge")}
+    frame = evaluate_policy(policy, tokenizer, prompts, profile, 0.7, models)
+    unit = [samples(world, "sft_training_prompts")["response"]] * 3
+    for name, column in (("own", "eval_reward"), ("judge", "eval_judge")):
+        rewards = models[name].score(*unit)
+        mean, std = rewards.mean().item(), rewards.std().item()
+        expected = (frame[f"reward_{name}"].mean() - mean) / std
+        assert metrics[column].iloc[-1] == pytest.approx(expected, abs=1e-3)
+    assert metrics["eval_reward"].iloc[0] != metrics["eval_reward"].iloc[-1]
+
+
+def test_a_run_says_what_it_was_rewarded_by(world):
+    config = read_json(world.runs / "align_beats_s0" / "run.json")["config"]
+    assert (config["reward"], config["readout"]) == ("ordinal", "beats_sft")
+    assert config["models"] == {"ordinal": ["bb"], "judge": ["cc", "dd"]}
+    assert config["rivals"] == policy_study.RIVALS
+    plain = read_json(world.runs / "align_scalar_s1" / "run.json")
+    assert "rivals" not in plain["config"]
+    assert plain["seed"] == 1
+    assert not list(world.runs.glob("*@*")), "seeds share the unit of the reward"
+
+
+def test_rivals_are_samples_of_all_training_prompts_with_dice_of_their_own(world):
+    profile = policy_arms.policy_profile("scalar", 0)
+    rivals, unit = samples(world, "sft_rivals"), samples(world, "sft_training_prompts")
+    ids = [prompt.id for prompt in prepared_data(profile).prompts("train")]
+    assert rivals["prompt_id"].tolist() == [i for i in ids for _ in range(2)]
+    pairs = rivals.groupby("prompt_id", sort=False)["response"]
+    assert (pairs.nunique() == 2).any()
+    assert (pairs.first().to_numpy() != unit["response"].to_numpy()).all()
+
+
+def test_finished_policies_are_reused_until_a_reward_model_changes(world, monkeypatch, capsys):
+    def forbidden(*_):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(policy_study, "align_policy", forbidden)
+    forget()
+    policy_study.policy_stage("scalar", 0)
+    assert "[align_scalar_s0] reuse" in capsys.readouterr().out
+    record = world.runs / "align_scalar_s0" / "run.json"
+    before = record.read_bytes()
+    changed = {**SUMS, "scalar": ["ee"]}
+    monkeypatch.setattr(
+        policy_study, "published_sums", lambda names: {n: changed[n] for n in names}
+    )
+    assert not [seed for name, seed, _ in policy_study._trained() if name == "scalar"]
+    assert record.read_bytes() == before, "asking what is trained sets nothing aside"
+    with pytest.raises(AssertionError, match="trained again"):
+        policy_study.policy_stage("scalar", 0)
+    aside = next(world.runs.glob("align_scalar_s0@*"))
+    new = world.runs / "align_scalar_s0"
+    assert json.loads((new / "run.json").read_text())["config"]["models"]["scalar"] == ["ee"]
+    (new / "run.json").unlink()
+    new.rmdir()
+    aside.rename(new)
+
+
+def test_trials_never_touch_the_test_prompts(world, monkeypatch):
+    name = next(iter(policy_arms.TRIALS))
+    # Loaded before: what is left out for its length is left out of all splits.
+    data = prepared_data(policy_arms.trial_profile(name))
+    asked = []
+
+    def prompts(self, split):
+        asked.append(split)
+        return original(self, split)
+
+    original = type(data).prompts
+    monkeypatch.setattr(type(data), "prompts", prompts)
+    run = policy_study.trial_stage(name)
+    assert run.directory.name == f"trial_{name}"
+    assert run.metrics()["step"].tolist() == [0, 1], "half of two steps"
+    assert set(asked) == {"train", "validation"}
+
+
+# Evaluation
+
+
+def test_what_is_trained_is_evaluated_beside_the_controls(world):
+    controls = ["sft", "sft_best", "sft_greedy", "sft_16bit", "sft_pool"]
+    trained = ["scalar_s0", "scalar_s0_greedy", "scalar_s1", "lazy_s0", "lazy_s0_greedy"]
+    assert list(world.frames) == [*controls, *trained, "beats_s0", "beats_s0_greedy"]
+    test = prepared_data(policy_arms.policy_profile("scalar", 0)).prompts("test")
+    for name, frame in world.frames.items():
+        each = 16 if name == "sft_pool" else 2
+        assert frame["prompt_id"].tolist() == [p.id for p in test for _ in range(each)], name
+        for reward in policy_study.REWARDS:
+            assert frame[f"reward_{reward}"].notna().all()
+        assert frame.equals(samples(world, f"test_{name}"))
+    infos = [read_json(world.runs / f"test_{name}" / "run.json") for name in world.frames]
+    assert len({json.dumps(info["scales"]) for info in infos}) == 1
+    assert infos[0]["config"]["models"] == SUMS
+
+
+def test_policies_meet_the_same_dice_and_the_pool_others(world):
+    frames = world.frames
+    assert frames["lazy_s0"]["response"].equals(frames["sft"]["response"])
+    assert frames["lazy_s0"]["kl"].abs().max() < 1e-3
+    assert frames["lazy_s0_greedy"]["response"].equals(frames["sft_greedy"]["response"])
+    assert (frames["scalar_s0"]["response"] != frames["sft"]["response"]).any(), "no adapter"
+    assert (frames["scalar_s0"]["response"] != frames["scalar_s1"]["response"]).any()
+    pool = frames["sft_pool"].groupby("prompt_id")["response"].nunique()
+    assert (pool > 2).all(), "sixteen samples of a prompt are sixteen draws"
+    # The pool's first two rows would be the evaluation's if it had the same noise.
+    assert frames["sft_pool"]["response"][:2].tolist() != frames["sft"]["response"][:2].tolist()
+
+
+def test_rewards_are_in_units_of_the_sft_model(world):
+    unit = samples(world, "sft_training_prompts")["response"]
+    raw = Wordy("scalar").score(unit, unit, unit)
+    frame = world.frames["scalar_s1"]
+    own = Wordy("scalar").score(*([frame["response"]] * 3))
+    expected = (own - raw.mean()) / raw.std()
+    assert frame["reward_scalar"].tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_finished_evaluations_are_read_and_a_policy_trained_anew_is_evaluated_anew(
+    world, monkeypatch, capsys
+):
+    sampled = []
+
+    def evaluate(*arguments):
+        sampled.append(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison, "evaluate_policy", evaluate)
+    again = policy_study.evaluation_stages()
+    assert all(frame.equals(world.frames[name]) for name, frame in again.items())
+    assert "[align_untrained_s0] is not trained yet" in capsys.readouterr().out
+    hashes = [(name, seed, "other") for name, seed, _ in policy_study._trained()]
+    monkeypatch.setattr(policy_study, "_trained", lambda: hashes)
+    with pytest.raises(KeyboardInterrupt):
+        policy_study.evaluation_stages()
+    assert "[test_scalar_s0] trained: was" in capsys.readouterr().out
+    aside = next(world.runs.glob("test_scalar_s0@*"))
+    new = world.runs / "test_scalar_s0"
+    (new / "run.json").unlink()
+    new.rmdir()
+    aside.rename(new)
+
+
+# Publishing
+
+
+def test_publish_and_load(world, capsys):
+    kept = {"scalar": [{"file": "scalar.safetensors", "sha256": "00"}]}
+    published.MODELS.mkdir(parents=True, exist_ok=True)
+    published.INDEX.write_text(json.dumps(kept))
+    world.setattr(published, "probe_stage", lambda profile, names: None)
+    published.main()
+    index = read_json(published.INDEX)
+    assert index["scalar"] == kept["scalar"], "what was not trained here was lost"
+    assert set(index["policies"]) == {"scalar", "lazy", "beats"}
+    names = {path.name for path in (world.root / "results").glob("cpu-*")}
+    assert {"cpu-align_scalar_s1", "cpu-test_beats_s0", "cpu-sft_rivals"} <= names
+    assert {"cpu-test_sft_pool", "cpu-validation_sft_T0.2"} <= names
+    assert not [name for name in names if "@" in name]
+
+    entry = index["policies"]["scalar"]
+    path = published.MODELS / entry["file"]
+    assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert {value.dtype for value in load_file(path).values()} == {torch.bfloat16}
+    loaded, _ = published.load_aligned("scalar")
+    tested, _ = policy_study._load("scalar", 0)
+    factors = dict(tested.named_parameters())
+    assert any(p.abs().max() > 0 for name, p in factors.items() if "lora_B" in name)
+    for name, value in loaded.named_parameters():
+        assert torch.equal(value, factors[name]), f"{name}: published is not what was tested"
+
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    with pytest.raises(ResultsError, match="not the file that was published"):
+        published.load_aligned("scalar")
+    with pytest.raises(ResultsError, match=r"no published policy 'best'.*scalar.*make policies"):
+        published.load_aligned("best")
+    with pytest.raises(ResultsError, match="no published model 'policies'"):
+        published.load_published("policies")
+
+
+# The command line
+
+
+def test_the_command_line(world, monkeypatch, capsys):
+    done = []
+    monkeypatch.setattr(policy_study, "policy_stage", lambda name, seed: done.append((name, seed)))
+    monkeypatch.setattr(policy_study, "trial_stage", lambda name: done.append(name))
+    monkeypatch.setattr(policy_study, "evaluation_stages", lambda: done.append("tests") or {})
+    monkeypatch.setattr(policy_study, "_report", lambda stage: stage())
+    policy_study.main(["scalar:5", "beats"])
+    assert done == [("scalar", 5), ("beats", 0)]
+    done.clear()
+    policy_study.main([])
+    arms = [(name, seed) for name, arm in SMALL.items() for seed in arm.seeds]
+    assert done == [*TRIALS, *arms, "tests"]
+    done.clear()
+    policy_study.main(["tests"])
+    assert done == ["tests"]
+    with pytest.raises(SystemExit):
+        policy_study.main(["scalar", "scalr"])
+    assert "unknown: scalr; there are: trials, scalar" in capsys.readouterr().err
+
+
+def test_a_collapsed_policy_does_not_keep_the_others_from_being_trained(world, monkeypatch, capsys):
+    def stage(name, seed):
+        if name == "lazy":
+            raise TrainingStopped("[align_lazy_s0] step 3: it collapsed")
+        return original(name, seed)
+
+    original = policy_study.policy_stage
+    monkeypatch.setattr(policy_study, "policy_stage", stage)
+    policy_study.main(["lazy", "beats"])
+    stopped, *_, last = capsys.readouterr().out.splitlines()
+    assert stopped == "TrainingStopped: [align_lazy_s0] step 3: it collapsed"
+    assert last.startswith("[align_beats_s0] on validation prompts: reward ")
+    assert ", judge " in last
+
+
+def test_a_missing_judge_is_named_with_the_remedy(monkeypatch, tmp_path):
+    monkeypatch.setattr(published, "INDEX", tmp_path / "index.json")
+    (tmp_path / "index.json").write_text(json.dumps({"scalar": [{"sha256": "00"}]}))
+    with pytest.raises(ResultsError, match=r"no published model 'judge'.*scalar.*make study"):
+        published.published_sums(("scalar", "judge"))

@@ -1,0 +1,76 @@
+"""Align a policy with any reward: the training stage, whatever scores its completions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from utils.config import Profile
+from utils.data import PreferenceData, Prompt
+from utils.evaluation import Scorer, held_out_metrics
+from utils.memory_plan import policy_micro_batch
+from utils.reinforce import Monitor, train_policy
+from utils.results import Run
+from utils.rollout import Rollout
+
+Scale = tuple[float, float]  # mean and standard deviation of the SFT model's raw reward
+
+
+def align_policy(
+    policy: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    profile: Profile,
+    data: PreferenceData,
+    run: Run,
+    training: tuple[Scorer, Scale],
+    held_out: Mapping[str, tuple[Scorer, Scale]],
+    monitor: Monitor | None = None,
+) -> None:
+    """Align a policy in place on the training prompts and finish its run.
+
+    `run.json` then holds `reward_mean` and `reward_std`, the scale of the training reward.
+
+    Args:
+        policy: the SFT model with an adapter; goes on from the run's last checkpoint if there is
+            one.
+        tokenizer: the policy's.
+        profile: the hyper-parameters.
+        data: training prompts, and validation prompts for the held-out metrics.
+        run: where it is written.
+        training: what scores the completions that are learned from, and its scale.
+        held_out: what scores the validation prompts, and its scale: "own" gives `eval_reward`,
+            "judge", where there is one, `eval_judge`.
+        monitor: see `train_policy`.
+
+    Raises:
+        TrainingStopped: see `train_policy`.
+    """
+    scorer, (mean, std) = training
+    run.save(reward_mean=mean, reward_std=std)
+
+    def reward_of(batch: Sequence[Prompt], rollout: Rollout) -> Tensor:
+        messages = [prompt.messages for prompt in batch]
+        return (scorer.score(messages, rollout.texts, rollout.finished) - mean) / std
+
+    train_policy(
+        policy,
+        tokenizer,
+        data.prompts("train"),
+        reward_of,
+        replace(profile.reinforce, micro_batch=policy_micro_batch(profile)),
+        profile.seed,
+        run,
+        partial(
+            held_out_metrics,
+            *(policy, tokenizer, data.prompts("validation"), profile),
+            {name: scorer for name, (scorer, _) in held_out.items()},
+            {name: scale for name, (_, scale) in held_out.items()},
+        ),
+        monitor,
+    )
+    run.finish()

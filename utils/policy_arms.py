@@ -1,0 +1,72 @@
+"""The arms of the policy study and the trials before it, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from utils.config import Profile
+from utils.profiles import PROFILES, with_fields
+
+SEEDS = (0, 1, 2)  # of the two arms that the report is about
+
+
+@dataclass(frozen=True)
+class PolicyArm:
+    """A reward and a way of learning from it.
+
+    Attributes:
+        reward: name of the published reward model, "scalar" or "ordinal".
+        label: how tables and figures name it.
+        readout: how the reward is read off that model, see `utils.readouts`.
+        changes: fields in which it differs from the other arms.
+        seeds: with which it is trained.
+    """
+
+    reward: str
+    label: str
+    readout: str = "mean"
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    seeds: Sequence[int] = (0,)
+
+
+# In which all policies differ from the profile `cpu`. A small rank keeps a published adapter small.
+SETTINGS: dict[str, Any] = {
+    "evaluation.samples_per_prompt": 2,
+    "reinforce.lora_r": 8,
+    "reinforce.lora_alpha": 16,
+    "reinforce.steps": 48,
+    "reinforce.eval_steps": 8,
+    "reinforce.learning_rate": 3e-4,
+    "reinforce.beta": 0.1,
+}
+ARMS: dict[str, PolicyArm] = {
+    "scalar": PolicyArm("scalar", "scalar reward", seeds=SEEDS),
+    "ordinal": PolicyArm("ordinal", "ten-class reward", seeds=SEEDS),
+    "ordinal_cautious": PolicyArm("ordinal", "ten classes, mean less spread", "minus_spread"),
+    "ordinal_beats_sft": PolicyArm("ordinal", "ten classes, P(beats SFT)", "beats_sft"),
+    "scalar_ema": PolicyArm(
+        "scalar", "scalar, exponential baseline", changes={"reinforce.baseline": "ema"}
+    ),
+    "scalar_none": PolicyArm(
+        "scalar", "scalar, no baseline", changes={"reinforce.baseline": "none"}
+    ),
+}
+# Tried on the scalar reward and judged on validation prompts, before any policy is trained.
+TRIALS: dict[str, dict[str, Any]] = {
+    "lr3e-4_beta0.05": {"reinforce.learning_rate": 3e-4, "reinforce.beta": 0.05},
+    "lr3e-4_beta0.1": {"reinforce.learning_rate": 3e-4, "reinforce.beta": 0.1},
+    "lr1e-3_beta0.1": {"reinforce.learning_rate": 1e-3, "reinforce.beta": 0.1},
+}
+
+
+def policy_profile(arm: str, seed: int) -> Profile:
+    """Return the profile of an arm, whatever REPORT_PROFILE says; an unknown name is a KeyError."""
+    return with_fields(PROFILES["cpu"], {**SETTINGS, **ARMS[arm].changes, "seed": seed})
+
+
+def trial_profile(name: str) -> Profile:
+    """Return the profile of a trial: half the steps, and its own settings."""
+    half = {"reinforce.steps": SETTINGS["reinforce.steps"] // 2}
+    return with_fields(PROFILES["cpu"], {**SETTINGS, **half, **TRIALS[name]})
