@@ -20,13 +20,12 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from utils.config import Profile
-from utils.environment import quiet
-from utils.judge import FOLDS, MEMBERS, Judge, Member, judge_folds
+from utils.environment import RESULTS, quiet
+from utils.judge import FOLDS, Judge, Member, judge_folds, member_runs
 from utils.pipeline import open_stage, prepared_data, stage_config
 from utils.probes import probe_pairs, run_probes
 from utils.publish import copy_run, read_record
 from utils.results import (
-    ROOT,
     ResultsError,
     Run,
     atomic_write,
@@ -38,7 +37,7 @@ from utils.results import (
 from utils.rewards import RewardModel
 from utils.study import ARMS, arm_profile
 
-MODELS = ROOT / "results" / "models"
+MODELS = RESULTS / "models"
 INDEX = MODELS / "index.json"
 # What the names stand for until validation has chosen: name -> arm, seed.
 CHOSEN = {"scalar": ("margin", 0), "ordinal": ("pairwise", 0)}
@@ -68,7 +67,7 @@ def main() -> None:
     """Publish the study: runs, the adapters of the models that have a name, and their probes."""
     quiet()
     base = arm_profile("margin", 0)
-    source, results = runs_dir(base), ROOT / "results"
+    source = runs_dir(base)
     index = {name: entries for name in NAMES if (entries := _entries(source, name))}
     write_json(INDEX, index)
     for name in NAMES:
@@ -80,7 +79,7 @@ def main() -> None:
     ]
     done = [p.parent for p in records if "@" not in p.parent.name and _finished(p.parent)]
     for run in sorted(done):
-        copy_run(run, results / f"cpu-{run.name}")
+        copy_run(run, RESULTS / f"cpu-{run.name}")
     print(f"published {len(done)} runs")
 
 
@@ -107,20 +106,15 @@ def _entries(source: Path, name: str) -> list[dict[str, Any]]:
     """Publish the adapters behind a name and return their entries; none if one is not trained."""
     if name in CHOSEN:
         arm, seed = CHOSEN[name]
-        wanted = [(source / f"rm_{arm}_s{seed}", name, {"arm": arm, "seed": seed})]
+        wanted = {name: (source / f"rm_{arm}_s{seed}", {"arm": arm, "seed": seed})}
     else:
-        wanted = [
-            (
-                source / f"judge_{arm}_f{fold}",
-                f"judge_{arm}_f{fold}",
-                {"arm": arm, "seed": seed, "fold": fold},
-            )
-            for arm, seed in MEMBERS
-            for fold in range(FOLDS)
-        ]
-    if not all(_finished(run) for run, _, _ in wanted):
+        wanted = {
+            run: (source / run, {"arm": arm, "seed": seed, "fold": fold})
+            for run, (arm, seed, fold) in member_runs().items()
+        }
+    if not all(_finished(run) for run, _ in wanted.values()):
         return []
-    return [_publish(run, file, **facts) for run, file, facts in wanted]
+    return [_publish(run, file, **facts) for file, (run, facts) in wanted.items()]
 
 
 def _finished(run: Path) -> bool:

@@ -1,5 +1,6 @@
 """The tables of the reward-model study, from small made-up runs whose numbers are known."""
 
+import gzip
 import math
 import os
 from itertools import count
@@ -175,6 +176,10 @@ def test_a_file_is_read_once_until_it_changes(results, monkeypatch):
     after = accuracy_table(*arguments)
     assert next(reads) == 6, "only the new file is read again"
     assert (before["accuracy"][0], after["accuracy"][0]) == (0.85, 0.7)
+    path.with_name("samples.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    pd.testing.assert_frame_equal(accuracy_table(*arguments), after)
+    assert next(reads) == 8, "a packed file is another file, and is read, too"
     frame = pair_frame(study_runs(results, "margin"), PAIRS[3:], 20)
     assert frame["correct"].tolist() == [0, 1], "these are rows of other pairs"
 
