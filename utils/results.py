@@ -1,4 +1,4 @@
-"""Runs on disk: `run.json`, `metrics.csv`, `samples.jsonl`; a kill loses nothing of them."""
+"""Runs on disk: `run.json`, `metrics.csv`, `samples.jsonl[.gz]`; a kill loses nothing of them."""
 
 from __future__ import annotations
 
