@@ -219,6 +219,11 @@ def test_likelihood_and_its_constant_by_hand(results):
     assert triple(ten, "nll") == pytest.approx(
         (-LOG_WIN.mean(), -LOG_WIN[:3].mean(), -LOG_WIN[4]), rel=1e-5
     )
+    assert triple(scalar, "nll_untied") == pytest.approx(triple(scalar, "nll"), rel=1e-5)
+    # Given no tie, the ten classes are sure of the pairs of p0, toss a coin on p1, err on p2.
+    assert triple(ten, "nll_untied") == pytest.approx((math.log(8) / 5, 0, math.log(4)), abs=1e-6)
+    columns = list(scalar)
+    assert columns.index("nll_untied") == columns.index("nll_high") + 1
     assert scalar["nll_constant"] == pytest.approx(math.log(2))
     assert ten["nll_constant"] == pytest.approx(-math.log(0.45))
     assert ten["accuracy_sd"] == 0
