@@ -12,7 +12,7 @@ from torch import Tensor
 
 from utils.config import ReinforceConfig
 from utils.data import Group
-from utils.evaluation import clustered_interval, percentile_interval
+from utils.evaluation import cluster_draws, clustered_interval, percentile_interval
 from utils.losses import (
     CLASSES,
     expected_rating,
@@ -93,14 +93,11 @@ def auc_draws(
         Shape (1 + samples,), first of the rows as they are; NaN where no two differ in the event.
     """
     score, event = np.asarray(score, dtype=float), np.asarray(event, dtype=bool)
-    names, cluster = np.unique(list(clusters), return_inverse=True)
-    member, hits, rest = np.eye(len(names))[cluster], score[event][:, None], score[~event]
+    cluster, drawn = cluster_draws(clusters, samples)
+    member, hits, rest = np.eye(drawn.shape[1])[cluster], score[event][:, None], score[~event]
     # Wins by prompt of the one and of the other row: a resample that draws two prompts k and l
     # times has k * l times their wins, so no resample needs sorting.
     wins = member[event].T @ ((hits > rest) + 0.5 * (hits == rest)) @ member[~event]
-    even = np.full(len(names), 1 / len(names))
-    drawn = np.random.default_rng(0).multinomial(len(names), even, samples)
-    drawn = np.vstack([np.ones(len(names)), drawn])
     comparisons = (drawn @ member[event].sum(0)) * (drawn @ member[~event].sum(0))
     return ((drawn @ wins) * drawn).sum(1) / np.where(comparisons, comparisons, np.nan)
 
