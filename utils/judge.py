@@ -32,7 +32,7 @@ from utils.study import ARMS, arm_profile
 FOLDS = 4
 # Two losses that differ much, so that what the members have in common is the text; with seeds that
 # no policy's reward model has.
-MEMBERS = (("plackett_luce", 100), ("pairwise", 101))
+MEMBERS = (("plackett_luce_samples", 100), ("pairwise_samples", 101))
 
 
 @dataclass(frozen=True)
