@@ -6,16 +6,15 @@ how often it was drawn, so that what is made anew in each resample (bins, ranks)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import softmax
-from scipy.stats import entropy
+import torch
 
-from utils.evaluation import clustered_interval
-from utils.losses import CLASSES
+from utils.evaluation import cluster_draws, clustered_interval, percentile_interval
+from utils.losses import CLASSES, rating_entropy
 
 CHUNK = 250  # resamples at a time: small enough for the processor's cache
 MIDDLE = (4, 6)  # where a model that is squeezed into the middle would put its ratings
@@ -49,9 +48,9 @@ def reliability(
     place = _bins(_mid_ranks(confidence, np.ones((1, len(frame)))), len(frame), bins)[0]
     rows = []
     for _, part in frame.groupby(place):
-        found = _named(clustered_interval(part["right"], part["cluster"], samples), "accuracy")
+        found = clustered_interval(part["right"], part["cluster"], samples)
         rows.append({"confidence": part["confidence"].mean(), **found})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).rename(columns={"value": "accuracy"})
 
 
 def expected_calibration_error(
@@ -105,8 +104,9 @@ def rating_calibration(rows: Sequence[Mapping[str, Any]], samples: int) -> pd.Da
     for rating, part in frame.groupby(frame["rating"].round().astype(int)):
         found = clustered_interval(part["reward"], part["prompt_id"], samples)
         sd = part["reward"].std(ddof=0)
-        table.append({"rating": rating, **_named(found, "expected"), "sd": sd})
-    return pd.DataFrame(table)[["rating", "expected", "low", "high", "sd", "n"]]
+        table.append({"rating": rating, **found, "sd": sd})
+    table = pd.DataFrame(table).rename(columns={"value": "expected"})
+    return table[["rating", "expected", "low", "high", "sd", "n"]]
 
 
 def squeeze(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -154,14 +154,16 @@ def entropy_against_error(
         Spearman's rank correlation of entropy and error with its interval (NaN if one is constant).
     """
     frame = _ten_class(rows)
-    spread = entropy(softmax(np.array(frame["logits"].tolist()), axis=1), axis=1).round(12)
+    logits = torch.tensor(frame["logits"].tolist(), dtype=torch.float64)
+    spread = rating_entropy(logits).numpy().round(12)
     error = (frame["reward"] - frame["rating"]).abs().to_numpy(float)
     place = _bins(_mid_ranks(spread, np.ones((1, len(frame)))), len(frame), 4)[0]
     table = []
     for quarter, part in frame.groupby(place):
         found = clustered_interval(error[part.index], part["prompt_id"], samples)
         mean = float(spread[part.index].mean())
-        table.append({"quarter": quarter + 1, "entropy": mean, **_named(found, "error")})
+        table.append({"quarter": quarter + 1, "entropy": mean, **found})
+    table = pd.DataFrame(table).rename(columns={"value": "error"})
 
     def correlation(weights: np.ndarray) -> np.ndarray:
         total = weights.sum(axis=1, keepdims=True)
@@ -170,7 +172,7 @@ def entropy_against_error(
             norm = np.sqrt((weights * a * a).sum(axis=1) * (weights * b * b).sum(axis=1))
             return (weights * a * b).sum(axis=1) / norm
 
-    return pd.DataFrame(table), _bootstrap(correlation, frame["prompt_id"], samples)
+    return table, _bootstrap(correlation, frame["prompt_id"], samples)
 
 
 def _bets(p: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -194,10 +196,6 @@ def _ten_class(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return frame
 
 
-def _named(interval: Mapping[str, float], value: str) -> dict[str, float]:
-    return {value if key == "value" else key: number for key, number in interval.items()}
-
-
 def _mid_ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Rank of each row as if repeated by its weight, in each resample; equal values share one."""
     _, group = np.unique(values, return_inverse=True)
@@ -212,25 +210,11 @@ def _bins(ranks: np.ndarray, total: np.ndarray | int, bins: int) -> np.ndarray:
     return np.minimum(bins * ranks // total, bins - 1).astype(int)
 
 
-def _resamples(clusters: Sequence[str], samples: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """Yield how often each row is drawn, shape (resamples, rows), as `clustered_interval` draws."""
-    _, group = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
-    count = group.max() + 1
-    picks = np.random.default_rng(seed).integers(0, count, (samples, count))
-    for start in range(0, samples, CHUNK):
-        part = picks[start : start + CHUNK]
-        flat = (part + count * np.arange(len(part))[:, None]).ravel()
-        drawn = np.bincount(flat, minlength=count * len(part)).reshape(-1, count)
-        yield drawn[:, group].astype(float)
-
-
 def _bootstrap(
     statistic: Callable[[np.ndarray], np.ndarray], clusters: Sequence[str], samples: int
 ) -> dict[str, float]:
-    """Value of the full sample and 95% percentile interval of a statistic of row weights."""
-    rows = len(clusters)
-    draws = np.concatenate([statistic(weights) for weights in _resamples(clusters, samples)])
-    draws = draws[np.isfinite(draws)]
-    low, high = np.quantile(draws, [0.025, 0.975]) if len(draws) else (np.nan, np.nan)
-    value = statistic(np.ones((1, rows)))[0]
-    return {"value": float(value), "low": float(low), "high": float(high), "n": rows}
+    """Return the interval of a statistic of row weights, shape (resamples, rows)."""
+    cluster, drawn = cluster_draws(clusters, samples)
+    parts = (drawn[i : i + CHUNK] for i in range(0, len(drawn), CHUNK))
+    draws = np.concatenate([statistic(part[:, cluster].astype(float)) for part in parts])
+    return {**percentile_interval(draws), "n": len(cluster)}

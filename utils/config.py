@@ -85,6 +85,7 @@ class RewardConfig:
     # utils/encodings.py.
     encoding: str = "chat"
     cut_length: int = 512  # tokens; for the encodings "cut" and "dropped"
+    references: bool = True  # train on reference answers, too, not only on samples of a model
     trainer: str = "groups"  # "pairs": trl.RewardTrainer as it is, for comparison, scalar only
     epochs: float = 1.0
     learning_rate: float = 3e-4

@@ -47,13 +47,41 @@ def clustered_interval(
     Returns:
         `value`, `low`, `high` and `n`, the number of rows.
     """
-    frame = pd.DataFrame({"value": np.asarray(values, dtype=float), "cluster": list(clusters)})
-    totals = frame.groupby("cluster")["value"].agg(["sum", "count"]).to_numpy()
-    picks = np.random.default_rng(seed).integers(0, len(totals), (samples, len(totals)))
-    resampled = totals[picks].sum(axis=1)
-    low, high = np.quantile(resampled[:, 0] / resampled[:, 1], [0.025, 0.975])
-    mean = float(frame["value"].mean())
-    return {"value": mean, "low": float(low), "high": float(high), "n": len(frame)}
+    cluster, drawn = cluster_draws(clusters, samples, seed)
+    by_cluster = pd.Series(np.asarray(values, dtype=float)).groupby(cluster)
+    total, count = (drawn @ by_cluster.agg(["sum", "count"]).to_numpy()).T
+    return {**percentile_interval(total / count), "n": len(cluster)}
+
+
+def cluster_draws(
+    clusters: Sequence[str], samples: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Resample clusters with replacement.
+
+    Returns:
+        The cluster of each row, 0.., shape (rows,); and how often each is drawn, shape
+        (1 + samples, clusters), once in the first row, which is the sample as it is.
+    """
+    names, cluster = np.unique(list(clusters), return_inverse=True)
+    picks = np.random.default_rng(seed).integers(0, len(names), (samples, len(names)))
+    flat = picks + len(names) * np.arange(samples)[:, None]
+    drawn = np.bincount(flat.ravel(), minlength=flat.size).reshape(flat.shape)
+    return cluster, np.vstack([np.ones_like(drawn[:1]), drawn])
+
+
+def percentile_interval(
+    draws: np.ndarray, name: str = "value", prefix: str = ""
+) -> dict[str, float]:
+    """Return a statistic, by `name`, and its 95% percentile interval, `low` and `high`.
+
+    Args:
+        draws: the statistic for each row of `cluster_draws`; resamples with NaN are left out.
+        name: of the statistic.
+        prefix: of the names of the ends.
+    """
+    ends = draws[1:][~np.isnan(draws[1:])]
+    low, high = np.quantile(ends, [0.025, 0.975]) if len(ends) else (np.nan, np.nan)
+    return {name: float(draws[0]), f"{prefix}low": float(low), f"{prefix}high": float(high)}
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from utils.data import Pair, PreferenceData, Prompt, Response
+from utils.data import Group, Pair, PreferenceData, Prompt
 from utils.environment import quiet
 from utils.evaluation import clustered_interval
 from utils.pipeline import REWARD_FIELDS, open_stage, prepared_data, stage_config, train_and_score
-from utils.results import Run, read_jsonl
+from utils.results import Run, read_jsonl, stored
 from utils.reward_evaluation import Key, response_key
 from utils.rewards import RewardModel
 from utils.study import ARMS, arm_profile
@@ -31,7 +32,7 @@ from utils.study import ARMS, arm_profile
 FOLDS = 4
 # Two losses that differ much, so that what the members have in common is the text; with seeds that
 # no policy's reward model has.
-MEMBERS = (("plackett_luce", 100), ("pairwise", 101))
+MEMBERS = (("plackett_luce_samples", 100), ("pairwise_samples", 101))
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,7 @@ class Judge:
             rows = [row for row, own in enumerate(fold_of) if own in (fold, None)]
             if not rows:
                 continue
-            arguments = ([values[row] for row in rows] for values in (prompts, responses, finished))
-            arguments = tuple(arguments)
+            arguments = [[values[row] for row in rows] for values in (prompts, responses, finished)]
             for member in members:
                 rewards = member.reward_model.score(*arguments)
                 total[rows] += (rewards - member.mean) / member.std
@@ -102,25 +102,34 @@ def judge_folds(data: PreferenceData) -> dict[str, int]:
     return {prompt_key(prompt.messages): place % FOLDS for place, prompt in dealt}
 
 
-def judge_stage(arm: str, seed: int, fold: int) -> Run:
-    """Train the member that judges a fold and score the pairs of that fold, or find it done."""
+def member_runs() -> dict[str, tuple[str, int, int]]:
+    """Return the arm, seed and fold of every member, by the name of its run."""
+    return {
+        f"judge_{arm}_f{fold}": (arm, seed, fold) for arm, seed in MEMBERS for fold in range(FOLDS)
+    }
+
+
+def judge_stage(name: str) -> Run:
+    """Train one of `member_runs` and score the pairs of the fold it judges, or find it done."""
+    arm, seed, fold = member_runs()[name]
     profile = arm_profile(arm, seed)
     config = stage_config(profile, REWARD_FIELDS, kind=ARMS[arm].kind, fold=fold, folds=FOLDS)
-    run, finished = open_stage(profile, f"judge_{arm}_f{fold}", config)
+    run, finished = open_stage(profile, name, config)
     if not finished:
         data = prepared_data(profile)
-        folds = judge_folds(data)
-        held_out = [group for s in ("validation", "test") for group in data.groups_of(s)]
-        groups = [group for group in held_out if folds[prompt_key(group.prompt)] != fold]
-        train_and_score(ARMS[arm].kind, profile, groups, fold_pairs(data, fold), run)
+        train_and_score(ARMS[arm].kind, profile, *member_data(data, fold), run)
     return run
 
 
-def fold_pairs(data: PreferenceData, fold: int) -> list[Pair]:
-    """Return the validation and test pairs whose prompts are in a fold."""
-    folds = judge_folds(data)
-    pairs = [pair for split in ("validation", "test") for pair in data.pairs(split)]
-    return [pair for pair in pairs if folds[prompt_key(pair.group.prompt)] == fold]
+def member_data(data: PreferenceData, fold: int) -> tuple[list[Group], list[Pair]]:
+    """Return the groups of the other folds, to train on, and the pairs of the fold, to judge."""
+    folds, splits = judge_folds(data), ("validation", "test")
+    groups = [group for split in splits for group in data.groups_of(split)]
+    pairs = [pair for split in splits for pair in data.pairs(split)]
+    return (
+        [group for group in groups if folds[prompt_key(group.prompt)] != fold],
+        [pair for pair in pairs if folds[prompt_key(pair.group.prompt)] == fold],
+    )
 
 
 def judge_accuracy(results: Path, pairs: Sequence[Pair], samples: int) -> pd.DataFrame:
@@ -136,18 +145,19 @@ def judge_accuracy(results: Path, pairs: Sequence[Pair], samples: int) -> pd.Dat
         two samples: `judge`, `pairs`, and the accuracy as value, low, high and n. Empty if a
         member is not published.
     """
-    runs = {(a, f): results / f"cpu-judge_{a}_f{f}" for a, _ in MEMBERS for f in range(FOLDS)}
-    if not all((run / "samples.jsonl").exists() for run in runs.values()):
+    files = {name: stored(results / f"cpu-{name}" / "samples.jsonl") for name in member_runs()}
+    if not all(file.exists() for file in files.values()):
         return pd.DataFrame(columns=["judge", "pairs", "value", "low", "high", "n"])
-    scores: dict[str, dict[Key, float]] = {}
-    for arm, _ in MEMBERS:
-        scores[arm] = {}
-        for fold in range(FOLDS):
-            rows = read_jsonl(runs[arm, fold] / "samples.jsonl")
-            rewards = np.array([row["reward"] for row in rows])
-            for row, reward in zip(rows, (rewards - rewards.mean()) / rewards.std(), strict=True):
-                scores[arm][row["prompt_id"], row["batch"], row["place"]] = reward
-    sides = [[response_key(p, side(p)) for p in pairs] for side in (_chosen, _rejected)]
+    scores: dict[str, dict[Key, float]] = {arm: {} for arm, _ in MEMBERS}
+    for name, (arm, _, _) in member_runs().items():
+        rows = pd.DataFrame(read_jsonl(files[name]))
+        keys = zip(rows["prompt_id"], rows["batch"], rows["place"], strict=True)
+        standard = (rows["reward"] - rows["reward"].mean()) / rows["reward"].std()
+        scores[arm] |= dict(zip(keys, standard, strict=True))
+    sides = [
+        [response_key(pair, side(pair)) for pair in pairs]
+        for side in (attrgetter("chosen"), attrgetter("rejected"))
+    ]
     gaps = {
         ARMS[arm].label: np.array([found[c] - found[r] for c, r in zip(*sides, strict=True)])
         for arm, found in scores.items()
@@ -163,22 +173,12 @@ def judge_accuracy(results: Path, pairs: Sequence[Pair], samples: int) -> pd.Dat
     return pd.DataFrame(table)
 
 
-def _chosen(pair: Pair) -> Response:
-    return pair.chosen
-
-
-def _rejected(pair: Pair) -> Response:
-    return pair.rejected
-
-
 def main() -> None:
     """Train all members."""
     quiet()
-    for arm, seed in MEMBERS:
-        for fold in range(FOLDS):
-            run = judge_stage(arm, seed, fold)
-            accuracy = run.info["metrics"]["accuracy"]["value"]
-            print(f"[{run.directory.name}] accuracy on its fold {accuracy:.3f}", flush=True)
+    for name in member_runs():
+        accuracy = judge_stage(name).info["metrics"]["accuracy"]["value"]
+        print(f"[{name}] accuracy on its fold {accuracy:.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -204,6 +204,14 @@ def rating_spread(logits: Tensor) -> Tensor:
     return (p @ ratings.square() - mean.square()).clamp_min(0).sqrt()
 
 
+def rating_entropy(logits: Tensor) -> Tensor:
+    """Entropy of the rating distribution in nats, 0..ln(classes); (..., classes) -> (...).
+
+    It is as precise as the logits.
+    """
+    return torch.special.entr(logits.softmax(-1)).sum(-1)
+
+
 def pair_indices(ratings: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     """Index every ordered pair of rows of one group whose first row has the higher rating.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -112,19 +112,49 @@ def measured(frame: pd.DataFrame, column: str) -> tuple[pd.Series, pd.Series]:
 
 
 def smooth(ax: Axes, frame: pd.DataFrame, column: str, color: str, label: str = "") -> None:
-    """Draw a column by step, raw and as a moving average over a fifth of the run, at most ten."""
+    """Draw a column by step, raw and as a moving average."""
     x, y = measured(frame, column)
     ax.plot(x, y, color=color, alpha=0.35, lw=1)
-    window = min(10, max(2, len(y) // 5))
-    ax.plot(x, y.rolling(window, min_periods=1).mean(), color=color, lw=2, label=label or None)
+    ax.plot(x, moving_average(y), color=color, lw=2, label=label or None)
 
 
-def intervals(ax: Axes, y: Iterable[float], table: Iterable, color: str, label: str = "") -> None:
-    """Draw rows (value, low, high); a marker is hollow where the interval holds zero."""
+def moving_average(values: pd.Series) -> pd.Series:
+    """Average each value with those before it, over a fifth of the run, at most ten."""
+    window = min(10, max(2, len(values) // 5))
+    return values.rolling(window, min_periods=1).mean()
+
+
+def intervals(
+    ax: Axes,
+    y: Iterable[float],
+    table: Iterable[Sequence[float]],
+    color: str,
+    label: str = "",
+    marker: str = "o",
+    size: float = 7,
+) -> None:
+    """Draw rows (value, low, high) and a line at 0; a marker is hollow where the interval holds 0.
+
+    What was not measured stays away.
+    """
+    width = size / 3.5
     for place, (value, low, high) in zip(y, table, strict=True):
-        ax.plot([low, high], [place, place], color=color, lw=2, solid_capstyle="butt")
+        ax.plot([low, high], [place, place], color=color, lw=width, solid_capstyle="butt")
         face = "white" if low <= 0 <= high else color
-        ax.plot([value], [place], "o", ms=7, color=color, markerfacecolor=face, zorder=3)
+        ax.plot([value], [place], marker, ms=size, color=color, markerfacecolor=face, zorder=3)
     if label:
-        ax.plot([], [], "o-", color=color, ms=7, lw=2, label=label)
+        ax.plot([], [], f"{marker}-", color=color, ms=size, lw=width, label=label)
     ax.axvline(0, color=DARK, lw=1, ls="--")
+
+
+def legend_below(fig: Figure, ax: Axes, columns: int = 3) -> None:
+    """Put the legend of one panel below the figure, in rows of about the same length."""
+    handles, labels = ax.get_legend_handles_labels()
+    if handles:
+        columns = math.ceil(len(handles) / math.ceil(len(handles) / columns))
+        fig.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+def plain(name: object) -> str:
+    """Return a name of code as words."""
+    return str(name).replace("_", " ")

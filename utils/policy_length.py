@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from utils.evaluation import percentile_interval
 from utils.policy_runs import BASE, JUDGE, POOL, Frames, frame_of, policies_of, rewards_of, seeds_of
 from utils.policy_stats import (
     crossed_interval,
@@ -18,7 +19,6 @@ from utils.policy_stats import (
     mean_or_nan,
     named,
     paired_gains,
-    percentiles,
     prompt_means,
 )
 from utils.results import ResultsError
@@ -160,7 +160,7 @@ def length_regression(
     coefficients = (inverse @ products[:, :3, 3:])[:, :, 0].T
     found: dict[str, float] = {}
     for name, draws in zip(COEFFICIENTS, coefficients, strict=True):
-        found |= named(name, percentiles(draws))
+        found |= named(name, percentile_interval(draws))
     return found
 
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from utils import plot_style as look
 from utils.plot_style import style
 from utils.plots import SFT_SD
-from utils.policy_look import UNIT, arm_look, ends, gains, in_order, legend_below, plain
+from utils.policy_look import UNIT, arm_look, ends, in_order
 from utils.policy_runs import BASE, Frames, seeds_of
 from utils.policy_training_plots import baselines_figure, frontier, policy_curves
 
@@ -50,7 +50,7 @@ def policy_bars(table: pd.DataFrame, reward: str, title: str) -> Figure:
     for place, row in enumerate(rows):
         if not isinstance(row, str):
             color = arm_look(row["policy"], place)[1]
-            gains(ax, [place], [row[ends(f"gain_{reward}")]], color)
+            look.intervals(ax, [place], [row[ends(f"gain_{reward}")]], color)
     _name_rows(ax, rows)
     ax.set_xlabel(GAIN)
     return fig
@@ -85,7 +85,7 @@ def win_bars(table: pd.DataFrame, title: str) -> Figure:
     _name_rows(axes[0], rows)
     text = "win rate, a tie is half a win (line: 95% interval)"
     axes[0].plot([], [], "o-", ms=4, lw=1.5, color="black", label=text)
-    legend_below(fig, axes[0], 4)
+    look.legend_below(fig, axes[0], 4)
     return fig
 
 
@@ -127,7 +127,7 @@ def length_figure(
     below[0].set_ylabel(f"gain of a completion, {UNIT}")
     for face, name in ((look.GREY, "ends as SFT's does"), ("white", "does not")):
         top.plot([], [], "o", ms=4, color=look.GREY, mfc=face, label=f"completion that {name}")
-    legend_below(fig, top)
+    look.legend_below(fig, top)
     return fig
 
 
@@ -145,12 +145,12 @@ def category_figure(
         part = table[table["policy"] == policy]
         y = order.get_indexer(part["category"]) + 0.25 * ((len(shown) - 1) / 2 - place)
         label, color = arm_look(policy, place)
-        gains(ax, y, part[["value", "low", "high"]].to_numpy(), color)
+        look.intervals(ax, y, part[["value", "low", "high"]].to_numpy(), color)
         ax.plot([], [], "o-", color=color, ms=7, lw=2, label=label)
     prompts = table.groupby("category")["n"].max()
-    ax.set_yticks(range(len(order)), [f"{plain(name)}, n = {prompts[name]}" for name in order])
+    ax.set_yticks(range(len(order)), [f"{look.plain(name)}, n = {prompts[name]}" for name in order])
     ax.set_xlabel(GAIN)
-    legend_below(fig, ax)
+    look.legend_below(fig, ax)
     return fig
 
 
@@ -169,15 +169,15 @@ def seeds_figure(seeds: pd.DataFrame, table: pd.DataFrame, title: str) -> Figure
     ax.axvline(0, color=look.DARK, lw=1, ls="--")
     for place, (policy, *gain) in enumerate(arms[["policy", *ends("gain_judge")]].to_numpy()):
         color = arm_look(policy, place)[1]
-        gains(ax, [place - 0.2], [gain], color, size=9)
+        look.intervals(ax, [place - 0.2], [gain], color, size=9)
         own = seeds[seeds["policy"] == policy]
         y = place + 0.05 + 0.14 * np.arange(len(own))
-        gains(ax, y, own[ends("gain_judge")].to_numpy(), color, "s", 4)
+        look.intervals(ax, y, own[ends("gain_judge")].to_numpy(), color, marker="s", size=4)
     _name_rows(ax, arms.to_dict("records"))
     for marker, size, name in (("o", 9, "all seeds"), ("s", 4, "one seed")):
         ax.plot([], [], marker, ms=size, color=look.DARK, label=name)
     ax.set_xlabel(GAIN)
-    legend_below(fig, ax)
+    look.legend_below(fig, ax)
     return fig
 
 
@@ -210,7 +210,7 @@ def _methods(ax: Axes, table: pd.DataFrame, names: Sequence[str]) -> None:
         for row in table[table["method"] == method].to_dict("records"):
             y = names.index(row["policy"]) + 0.18 * (place - 1.5)
             rows = [[row["value"], row["low"], row["high"]]]
-            gains(ax, [y], rows, arm_look(row["policy"])[1], marker, 6)
+            look.intervals(ax, [y], rows, arm_look(row["policy"])[1], marker=marker, size=6)
         ax.plot([], [], marker, ms=6, color=look.DARK, label=label)
     _name_rows(ax, [{"policy": name} for name in names])
     ax.set_xlabel(GAIN)

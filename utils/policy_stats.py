@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
 
 import numpy as np
 import pandas as pd
 
-from utils.evaluation import distinct_n
+from utils.evaluation import cluster_draws, distinct_n, percentile_interval
 
 TIE = 0.1  # SFT standard deviations; answers whose rewards are closer than this tie
 
@@ -37,7 +36,8 @@ def crossed_sums(totals: np.ndarray, samples: int, seed: int = 0) -> np.ndarray:
         Shape (1 + samples, ...): the plain sum first.
     """
     seeds, prompts = totals.shape[:2]
-    seed_counts, prompt_counts = _draws(seeds, prompts, samples, seed)
+    _, prompt_counts = cluster_draws(range(prompts), samples, seed)
+    _, seed_counts = cluster_draws(range(seeds), samples, seed + 1)
     by_seed = prompt_counts @ totals.swapaxes(0, 1).reshape(prompts, -1)
     by_seed = by_seed.reshape(1 + samples, seeds, -1)
     return (seed_counts[:, :, None] * by_seed).sum(1).reshape(1 + samples, *totals.shape[2:])
@@ -58,7 +58,7 @@ def crossed_interval(values: np.ndarray, samples: int, seed: int = 0) -> dict[st
     """
     known = ~np.isnan(values)
     sums = crossed_sums(np.stack([np.where(known, values, 0), known], axis=-1), samples, seed)
-    found = percentiles(mean_or_nan(sums[:, 0], sums[:, 1]))
+    found = percentile_interval(mean_or_nan(sums[:, 0], sums[:, 1]))
     spread, agree = math.nan, math.nan
     if len(values) > 1:
         means = pd.DataFrame(values).mean(axis=1)
@@ -142,23 +142,6 @@ def named(name: str, found: Mapping[str, float]) -> dict[str, float]:
     return {name: found["value"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
 
 
-def percentiles(draws: np.ndarray) -> dict[str, float]:
-    """Return the first draw, the plain `value`, and the 95% interval of the others."""
-    others = draws[1:][~np.isnan(draws[1:])]
-    low, high = np.quantile(others, [0.025, 0.975]) if len(others) else (math.nan, math.nan)
-    return {"value": float(draws[0]), "low": float(low), "high": float(high)}
-
-
 def mean_or_nan(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Divide sums by counts; NaN where nothing was counted."""
     return np.divide(sums, counts, out=np.full_like(sums, math.nan), where=counts > 0)
-
-
-@cache
-def _draws(seeds: int, prompts: int, samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Say how often each resample draws each seed and each prompt; the first has each once."""
-    generator = np.random.default_rng(seed)
-    picks = generator.integers(0, prompts, (samples, prompts))
-    prompt_counts = [np.ones(prompts), *(np.bincount(row, minlength=prompts) for row in picks)]
-    seed_counts = generator.multinomial(seeds, np.full(seeds, 1 / seeds), samples)
-    return np.vstack([np.ones(seeds), seed_counts]), np.array(prompt_counts)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from utils import plot_style as look
 from utils.plot_style import style
 from utils.plots import SFT_SD
-from utils.policy_look import UNIT, arm_look, ends, in_order, legend_below
+from utils.policy_look import UNIT, arm_look, ends, in_order
 
 Arms = Mapping[str, Sequence[pd.DataFrame]]  # the `metrics.csv` of each seed, by arm
 
@@ -59,7 +59,7 @@ def policy_curves(metrics: Arms, title: str) -> Figure:
         ax.set_xlabel("optimiser step" if ax in axes[5:] else "")
     axes[0].plot([], [], "o", ms=5, color=look.DARK, label="held-out")
     axes[0].plot([], [], color=look.GREY, ls="--", label="SFT (shaded: 95% interval)")
-    legend_below(fig, axes[0])
+    look.legend_below(fig, axes[0])
     return fig
 
 
@@ -84,7 +84,7 @@ def baselines_figure(metrics: Arms, title: str) -> Figure:
         ax.set_title(label, fontsize=9)
         ax.set_xlabel("optimiser step")
     axes[0].plot([], [], color=look.GREY, ls="--", label="SFT (shaded: 95% interval)")
-    legend_below(fig, axes[0], 4)
+    look.legend_below(fig, axes[0], 4)
     return fig
 
 
@@ -124,7 +124,7 @@ def frontier(table: pd.DataFrame, best_of_n: pd.DataFrame, title: str) -> Figure
             text = f"best of n SFT samples, {name}"
             axes[0].plot([], [], "D", ms=5, color=look.GREY, markerfacecolor=face, label=text)
     fig.supylabel(f"gain over SFT, {SFT_SD}", fontsize=10)
-    legend_below(fig, axes[0])
+    look.legend_below(fig, axes[0])
     return fig
 
 
@@ -165,10 +165,8 @@ def _by_step(frames: Sequence[pd.DataFrame], column: str, smooth: bool = False) 
     """Return a column by step for each seed in which it was measured."""
     found = [frame.set_index("step")[column].dropna() for frame in frames if column in frame]
     found = [values for values in found if len(values)]
-    if smooth:  # the window of plot_style.smooth
-        windows = [min(10, max(2, len(values) // 5)) for values in found]
-        pairs = zip(found, windows, strict=True)
-        found = [values.rolling(window, min_periods=1).mean() for values, window in pairs]
+    if smooth:
+        found = [look.moving_average(values) for values in found]
     return found
 
 

@@ -53,7 +53,7 @@ PROFILES: dict[str, Profile] = {
     ),
     "cpu": Profile(
         name="cpu",
-        reward=RewardConfig(learning_rate=1e-3, micro_groups=8),
+        reward=RewardConfig(learning_rate=1e-3, groups_per_step=2, micro_groups=2),
         evaluation=EvaluationConfig(samples_per_prompt=4),
     ),
     "full": Profile(

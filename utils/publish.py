@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import datetime
+import gzip
 import hashlib
 import json
 import re
@@ -23,6 +24,7 @@ PATTERN = "[0-9][0-9]_*.ipynb"
 # They change no number in an output.
 UNHASHED = ("address.py", "colab.py", "kernel.py", "run.py", "publish.py", "summary.py")
 UNHASHED += ("train.py", "widgets.py", "front_page.py")
+LARGE = 300_000  # bytes of a samples.jsonl, above which it is published compressed
 
 
 class RunError(Exception):
@@ -184,9 +186,14 @@ def copy_run(source: Path, target: Path) -> None:
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir(parents=True)
-    for pattern in ("*.json", "*.csv", "samples.jsonl"):
+    for pattern in ("*.json", "*.csv", "samples.jsonl*"):
         for path in source.glob(pattern):
-            shutil.copyfile(path, fresh / path.name)
+            if path.suffix == ".jsonl" and path.stat().st_size > LARGE:
+                # Without a time, so that the same rows are the same bytes.
+                packed = gzip.compress(path.read_bytes(), mtime=0)
+                (fresh / f"{path.name}.gz").write_bytes(packed)
+            else:
+                shutil.copyfile(path, fresh / path.name)
     if target.exists():
         target.rename(old)
     fresh.rename(target)

@@ -25,15 +25,14 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.checkpoints import load_adapter
 from utils.config import Profile
-from utils.environment import quiet
-from utils.judge import FOLDS, MEMBERS, Judge, Member, judge_folds
+from utils.environment import RESULTS, quiet
+from utils.judge import FOLDS, Judge, Member, judge_folds, member_runs
 from utils.pipeline import load_sft, open_stage, prepared_data, stage_config
 from utils.policy_arms import ARMS as POLICY_ARMS
 from utils.policy_arms import policy_profile
 from utils.probes import probe_pairs, run_probes
 from utils.publish import copy_run, read_record
 from utils.results import (
-    ROOT,
     ResultsError,
     Run,
     atomic_write,
@@ -45,7 +44,7 @@ from utils.results import (
 from utils.rewards import RewardModel
 from utils.study import ARMS, arm_profile
 
-MODELS = ROOT / "results" / "models"
+MODELS = RESULTS / "models"
 INDEX = MODELS / "index.json"
 # What the names stand for until validation has chosen: name -> arm, seed.
 CHOSEN = {"scalar": ("margin", 0), "ordinal": ("pairwise", 0)}
@@ -101,7 +100,7 @@ def main() -> None:
     """Publish both studies: runs, the adapters of what has a name, and the probes."""
     quiet()
     base = arm_profile("margin", 0)
-    source, results = runs_dir(base), ROOT / "results"
+    source = runs_dir(base)
     # What was not trained here stays as it was published.
     index = read_record(INDEX)
     index |= {name: entries for name in NAMES if (entries := _entries(source, name))}
@@ -116,7 +115,7 @@ def main() -> None:
     records = [path for kind in RUNS for path in source.glob(f"{kind}/run.json")]
     done = [p.parent for p in records if "@" not in p.parent.name and _finished(p.parent)]
     for run in sorted(done):
-        copy_run(run, results / f"cpu-{run.name}")
+        copy_run(run, RESULTS / f"cpu-{run.name}")
     print(f"published {len(done)} runs")
 
 
@@ -143,20 +142,15 @@ def _entries(source: Path, name: str) -> list[dict[str, Any]]:
     """Publish the adapters behind a name and return their entries; none if one is not trained."""
     if name in CHOSEN:
         arm, seed = CHOSEN[name]
-        wanted = [(source / f"rm_{arm}_s{seed}", name, {"arm": arm, "seed": seed})]
+        wanted = {name: (source / f"rm_{arm}_s{seed}", {"arm": arm, "seed": seed})}
     else:
-        wanted = [
-            (
-                source / f"judge_{arm}_f{fold}",
-                f"judge_{arm}_f{fold}",
-                {"arm": arm, "seed": seed, "fold": fold},
-            )
-            for arm, seed in MEMBERS
-            for fold in range(FOLDS)
-        ]
-    if not all(_finished(run) for run, _, _ in wanted):
+        wanted = {
+            run: (source / run, {"arm": arm, "seed": seed, "fold": fold})
+            for run, (arm, seed, fold) in member_runs().items()
+        }
+    if not all(_finished(run) for run, _ in wanted.values()):
         return []
-    return [_publish(run, file, **facts) for run, file, facts in wanted]
+    return [_publish(run, file, **facts) for file, (run, facts) in wanted.items()]
 
 
 def _finished(run: Path) -> bool:

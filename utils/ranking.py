@@ -12,8 +12,14 @@ from torch import Tensor
 
 from utils.config import ReinforceConfig
 from utils.data import Group
-from utils.evaluation import clustered_interval
-from utils.losses import CLASSES, expected_rating, outcome_probabilities, rating_spread
+from utils.evaluation import cluster_draws, clustered_interval, percentile_interval
+from utils.losses import (
+    CLASSES,
+    expected_rating,
+    outcome_probabilities,
+    rating_entropy,
+    rating_spread,
+)
 from utils.rewards import reward_from_logits
 
 Row = Mapping[str, Any]  # of a run's samples.jsonl
@@ -49,11 +55,6 @@ def rating_quantile(logits: Tensor, share: float) -> Tensor:
     return (at + 0.5 + (missing / p.gather(-1, at)).clamp(0, 1)).squeeze(-1)
 
 
-def rating_entropy(logits: Tensor) -> Tensor:
-    """Entropy of the rating distribution in nats, 0..ln(classes); (..., classes) -> (...)."""
-    return torch.special.entr(logits.float().softmax(-1)).sum(-1)
-
-
 def doubt_scores(first: Tensor, second: Tensor) -> dict[str, np.ndarray]:
     """Score how doubtful the order of two responses is; every score rises with the doubt.
 
@@ -80,19 +81,25 @@ def doubt_scores(first: Tensor, second: Tensor) -> dict[str, np.ndarray]:
     return {name: score.numpy() for name, score in scores.items()}
 
 
-def clustered_auc(
-    score: Sequence[float], event: Sequence[bool], clusters: Sequence[str], samples: int = 2000
-) -> dict[str, float]:
-    """Area under the ROC curve of a score for an event, with a 95% bootstrap interval over prompts.
+def auc_draws(
+    score: Sequence[float], event: Sequence[bool], clusters: Sequence[str], samples: int
+) -> np.ndarray:
+    """Return the area under the ROC curve of a score for an event: of the rows, and of resamples.
 
     It is the chance that a row with the event scores above one without, ties half (Hanley and
-    McNeil 1982). The interval is one of percentiles over resampled clusters, the prompts of the
-    rows; resamples in which all rows have the event, or none has, are skipped.
+    McNeil 1982). Resamples are of clusters, the prompts of the rows, for `percentile_interval`.
 
     Returns:
-        `value`, `low`, `high`, all NaN if no two rows differ in the event, and `n`, the rows.
+        Shape (1 + samples,), first of the rows as they are; NaN where no two differ in the event.
     """
-    return {**_interval(_areas(score, event, clusters, samples)), "n": len(score)}
+    score, event = np.asarray(score, dtype=float), np.asarray(event, dtype=bool)
+    cluster, drawn = cluster_draws(clusters, samples)
+    member, hits, rest = np.eye(drawn.shape[1])[cluster], score[event][:, None], score[~event]
+    # Wins by prompt of the one and of the other row: a resample that draws two prompts k and l
+    # times has k * l times their wins, so no resample needs sorting.
+    wins = member[event].T @ ((hits > rest) + 0.5 * (hits == rest)) @ member[~event]
+    comparisons = (drawn @ member[event].sum(0)) * (drawn @ member[~event].sum(0))
+    return ((drawn @ wins) * drawn).sum(1) / np.where(comparisons, comparisons, np.nan)
 
 
 def error_predictors(rows: Sequence[Row], pairs: pd.DataFrame, samples: int) -> pd.DataFrame:
@@ -117,11 +124,11 @@ def error_predictors(rows: Sequence[Row], pairs: pd.DataFrame, samples: int) -> 
             continue
         wrong, prompts = correct[used] == 0, pairs.loc[used, "prompt_id"]
         counts = {"n": used.sum(), "wrong": wrong.sum(), "ties": (part & ~used).sum()}
-        gap = _areas(scores["gap"][used], wrong, prompts, samples)
+        gap = auc_draws(scores["gap"][used], wrong, prompts, samples)
         for name, score in scores.items():
-            areas = _areas(score[used], wrong, prompts, samples)
-            row = {"predictor": name, "pairs": subset, **_interval(areas, "auc")}
-            table.append(row | _interval(areas - gap, "added", "added_") | counts)
+            areas = auc_draws(score[used], wrong, prompts, samples)
+            row = {"predictor": name, "pairs": subset, **percentile_interval(areas, "auc")}
+            table.append(row | percentile_interval(areas - gap, "added", "added_") | counts)
     return pd.DataFrame(table)
 
 
@@ -174,29 +181,6 @@ def pick_of_n(
             row |= {f"{column}_{end}".lstrip("_"): found[end] for end in ("low", "high")}
         table.append(row | {"n": len(prompts)})
     return pd.DataFrame(table)
-
-
-def _areas(
-    score: Sequence[float], event: Sequence[bool], clusters: Sequence[str], samples: int
-) -> np.ndarray:
-    """Return the AUC of the rows as they are, then of each resample; NaN where there is none."""
-    score, event = np.asarray(score, dtype=float), np.asarray(event, dtype=bool)
-    names, cluster = np.unique(list(clusters), return_inverse=True)
-    member, hits, rest = np.eye(len(names))[cluster], score[event][:, None], score[~event]
-    # Wins by prompt of the one and of the other row: a resample that draws two prompts k and l
-    # times has k * l times their wins, so no resample needs sorting.
-    wins = member[event].T @ ((hits > rest) + 0.5 * (hits == rest)) @ member[~event]
-    even = np.full(len(names), 1 / len(names))
-    drawn = np.random.default_rng(0).multinomial(len(names), even, samples)
-    drawn = np.vstack([np.ones(len(names)), drawn])
-    comparisons = (drawn @ member[event].sum(0)) * (drawn @ member[~event].sum(0))
-    return ((drawn @ wins) * drawn).sum(1) / np.where(comparisons, comparisons, np.nan)
-
-
-def _interval(areas: np.ndarray, name: str = "value", prefix: str = "") -> dict[str, float]:
-    ends = areas[1:][~np.isnan(areas[1:])]
-    low, high = np.quantile(ends, [0.025, 0.975]) if len(ends) else (np.nan, np.nan)
-    return {name: float(areas[0]), f"{prefix}low": float(low), f"{prefix}high": float(high)}
 
 
 def _logits_of(rows: Sequence[Row], pairs: pd.DataFrame, side: str) -> Tensor:

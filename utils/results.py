@@ -1,10 +1,10 @@
-"""Runs on disk: `run.json`, `metrics.csv`, `samples.jsonl`; a kill loses nothing of them."""
+"""Runs on disk: `run.json`, `metrics.csv`, `samples.jsonl[.gz]`; a kill loses nothing of them."""
 
 from __future__ import annotations
 
 import csv
 import errno
-import io
+import gzip
 import json
 import os
 import shutil
@@ -70,12 +70,13 @@ def read_json(path: Path) -> Any:
     Raises:
         ResultsError: naming the file if it is missing or cut short.
     """
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ResultsError(f"{_shown(path)} is missing; run the notebook that makes it") from error
+        raise ResultsError(f"{shown} is missing; run the notebook that makes it") from error
     except ValueError as error:
-        raise ResultsError(f"{_shown(path)} is cut short or damaged: {error}") from error
+        raise ResultsError(f"{shown} is cut short or damaged: {error}") from error
 
 
 class Run:
@@ -152,16 +153,11 @@ class Run:
 def append_csv(path: Path, row: Mapping[str, Any]) -> None:
     """Append a row with one write; the first row also writes the header."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    if not path.exists() or not path.stat().st_size:
-        writer.writerow(row)
-    writer.writerow(
-        f"{value:.6g}" if isinstance(value, float) else "" if value is None else value
-        for value in row.values()
-    )
-    with open(path, "a") as file:
-        file.write(text.getvalue())
+    with open(path, "a", newline="") as file:  # buffered: what is written leaves at its end
+        writer = csv.writer(file, lineterminator="\n")
+        if not file.tell():
+            writer.writerow(row)
+        writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row.values())
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -172,8 +168,16 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read JSON Lines; texts may hold other line separators, so only newlines part the rows."""
-    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+    """Read JSON Lines, `stored` either way; bytes, so that only newlines part the rows."""
+    path = stored(path)
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        return [json.loads(line) for line in file]
+
+
+def stored(path: Path) -> Path:
+    """Return `path`, or `path` + ".gz" if only that is there: large published files are packed."""
+    packed = path.with_name(f"{path.name}.gz")
+    return packed if packed.exists() and not path.exists() else path
 
 
 def prepare(directory: Path, config: Mapping[str, Any]) -> str:
@@ -220,7 +224,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _shown(path: Path) -> str:
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name

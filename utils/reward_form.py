@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from utils.evaluation import repetition
+from utils.evaluation import cluster_draws, percentile_interval, repetition
 from utils.sources import PreferenceData
 
 
@@ -99,13 +99,9 @@ def _association(
             _, reward, rating = x[:, 0] @ x / norm
         return np.array([reward, rating, reward - rating])
 
-    places = list(clusters.reset_index(drop=True).groupby(clusters.to_numpy()).indices.values())
-    picks = np.random.default_rng(0).integers(0, len(places), (samples, len(places)))
-    draws = [statistic(values[np.concatenate([places[i] for i in pick])]) for pick in picks]
-    low, high = np.nanquantile(draws, [0.025, 0.975], axis=0)
+    cluster, drawn = cluster_draws(clusters, samples)
+    draws = np.array([statistic(np.repeat(values, times[cluster], axis=0)) for times in drawn])
     return [
-        {"of": of, "value": value, "low": a, "high": b, "n": len(values)}
-        for of, value, a, b in zip(
-            ("reward", "rating", "difference"), statistic(values), low, high, strict=True
-        )
+        {"of": of, **percentile_interval(found), "n": len(values)}
+        for of, found in zip(("reward", "rating", "difference"), draws.T, strict=True)
     ]

@@ -37,7 +37,7 @@ def reliability_curves(
     for place, (ax, (name, table)) in enumerate(zip(axes, curves.items(), strict=False)):
         ax.plot([0.5, 1], [0.5, 1], color=look.GREY, ls="--", label="calibrated")
         _dots(ax, table["confidence"], table, "accuracy", look.BLUE, upright=True)
-        ax.set_title(_plain(name) + _error_line((ece or {}).get(name)), fontsize=9)
+        ax.set_title(look.plain(name) + _error_line((ece or {}).get(name)), fontsize=9)
         ax.tick_params(labelbottom=place + columns >= len(curves))
     for ax in axes[len(curves) :]:
         ax.set_visible(False)
@@ -45,7 +45,7 @@ def reliability_curves(
     axes[0].set(xlim=(0.48, 1.02), ylim=(min([0.45, *(low - 0.03 for low in lows)]), 1.03))
     fig.supxlabel("confidence: the larger of P(A beats B) and P(B beats A)", fontsize=10)
     fig.supylabel("accuracy (line: 95% interval)", fontsize=10)
-    _legend_below(fig, axes[0])
+    look.legend_below(fig, axes[0])
     return fig
 
 
@@ -79,8 +79,8 @@ def arm_accuracies(
             ax.axvline(rule[which], color=look.DARK, ls="--", lw=1.2, label=text)
         ax.set_title(panel)
         ax.set(xlabel="accuracy (line: 95% interval)", ylim=(len(table) - 0.4, -0.6))
-    axes[0].set_yticks(range(len(table)), [_plain(name) for name in table["arm"]])
-    _legend_below(fig, axes[0])
+    axes[0].set_yticks(range(len(table)), [look.plain(name) for name in table["arm"]])
+    look.legend_below(fig, axes[0])
     return fig
 
 
@@ -99,7 +99,7 @@ def learning_curve(table: pd.DataFrame, title: str) -> Figure:
     for ax, (name, rows) in zip(axes, groups, strict=True):
         for place, kind in enumerate(kinds):
             part = rows[rows["kind"] == kind].sort_values("prompts")
-            label, color = KINDS.get(kind, (_plain(kind), look.policy_color("", place)))
+            label, color = KINDS.get(kind, (look.plain(kind), look.policy_color("", place)))
             x = part["prompts"] * 1.03 ** (place - (len(kinds) - 1) / 2)  # side by side
             ax.plot(x, part["value"], color=color, lw=1.5, alpha=0.6)
             _dots(ax, x, part, "value", color, label, upright=True)
@@ -109,7 +109,7 @@ def learning_curve(table: pd.DataFrame, title: str) -> Figure:
         ax.set_title(name)
         ax.set_xlabel("training prompts")
     axes[0].set_ylabel("test accuracy (line: 95% interval)")
-    _legend_below(fig, axes[0])
+    look.legend_below(fig, axes[0])
     return fig
 
 
@@ -133,15 +133,15 @@ def share_bars(
     ax.axvline(0.5, color=look.GREY, ls="--", lw=1.2)
     for place, (name, part) in enumerate(series):
         y = pd.Index(names).get_indexer(part[label]) + 0.7 * (place + 0.5) / len(series) - 0.35
-        _dots(ax, y, part, "value", look.policy_color("", place), _plain(name))
+        _dots(ax, y, part, "value", look.policy_color("", place), look.plain(name))
         if target is not None:
             x = part[target] if isinstance(target, str) else np.full(len(part), target)
             ax.plot(x, y, "|", ms=11, mew=2.2, color="black", zorder=2)
     if target is not None:
         ax.lines[-1].set_label("target")
-    ax.set_yticks(range(len(names)), [_plain(name) for name in names])
+    ax.set_yticks(range(len(names)), [look.plain(name) for name in names])
     ax.set(xlabel=f"{xlabel} (line: 95% interval)", ylim=(len(names) - 0.4, -0.6))
-    _legend_below(fig, ax)
+    look.legend_below(fig, ax)
     return fig
 
 
@@ -179,16 +179,6 @@ def _dots(
     ends(np.asarray(at)[known], table["low"][known], table["high"][known], color=color, lw=2)
     x, y = (at, table[value]) if upright else (table[value], at)
     ax.plot(x, y, "o", ms=6, color=color, label=label or None, zorder=3)
-
-
-def _legend_below(fig: Figure, ax: Axes) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    if handles:
-        fig.legend(handles, labels, loc="outside lower right", ncols=len(handles))
-
-
-def _plain(name: object) -> str:
-    return str(name).replace("_", " ")
 
 
 def _error_line(ece: Mapping[str, float] | None) -> str:

@@ -49,11 +49,13 @@ def accuracy_table(
 
     Returns:
         A row per arm: arm, label, kind, `seeds` (how many); with `_low` and `_high`: `accuracy`,
-        `model_pairs` (accuracy between two samples of the model), `nll` (a tie is no win) and
-        `ece` (both ends of the interval are means over the seeds, too); `accuracy_sd` between
-        seeds, blank for one; `gap_1`, `gap_2` and `gap_3`, accuracy at a rating gap of up to 1, up
-        to 2, and more; `nll_constant`, what the best constant output pays; and `minutes` of
-        training, mean over the seeds that were trained on more than one thread; blank if none.
+        `model_pairs` (accuracy between two samples of the model), `reference_pairs` (accuracy on
+        the others, one of which is a reference), `nll` (a tie is no win),
+        `nll_untied` (given that there is no tie: the kinds compare) and `ece` (both ends of the
+        interval are means over the seeds, too); `accuracy_sd` between seeds, blank for one;
+        `gap_1`, `gap_2` and `gap_3`, accuracy at a rating gap of up to 1, up to 2, and more;
+        `nll_constant`, what the best constant output pays; and `minutes` of training, mean over
+        the seeds that were trained on more than one thread; blank if none.
     """
     found = study_arms(results, arms, pairs, samples)
     return pd.DataFrame([_accuracy_row(arm, found[arm], pairs, samples) for arm in found])
@@ -180,9 +182,11 @@ def _accuracy_row(
         "kind": kind,
         "seeds": len(runs),
         **_accuracies(frame, samples),
+        **_interval("reference_pairs", frame[~frame["between_samples"]], "correct", samples),
         "accuracy_sd": accuracies.std(),
         **{f"gap_{gap}": frame.loc[gaps == gap, "correct"].mean() for gap in (1, 2, 3)},
         **_interval("nll", frame, "nll", samples),
+        **_interval("nll_untied", frame, "nll_untied", samples),
         "nll_constant": _constant_loss(kind),
         **_named("ece", errors.mean()),
         "minutes": _minutes(runs),

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from utils.results import ResultsError, Run, read_json
+from utils.results import ResultsError, Run, read_json, stored
 from utils.reward_evaluation import pair_metrics
 from utils.sources import Pair
 
@@ -125,7 +125,7 @@ def pair_frame(runs: Sequence[Run], pairs: Sequence[Pair], samples: int) -> pd.D
 
 
 def _pair_rows(run: Run, pairs: Sequence[Pair], samples: int) -> pd.DataFrame:
-    path = run.directory / "samples.jsonl"
+    path = stored(run.directory / "samples.jsonl")
     written, wanted = path.stat().st_mtime_ns, tuple(pairs)
     if path not in _rows or _rows[path][:2] != (written, wanted):
         try:

@@ -132,7 +132,8 @@ def training_set(groups: Sequence[Group], encode: Encode, reward: RewardConfig) 
     """Tokenise groups for `GroupRewardTrainer`; those in which all ratings tie are left out."""
     rows = []
     for group in groups:
-        encoded = [(encode(group.prompt, r.text, r.finished), r.rating) for r in group.responses]
+        used = [r for r in group.responses if reward.references or r.source != "reference"]
+        encoded = [(encode(group.prompt, r.text, r.finished), r.rating) for r in used]
         kept = [(ids, rating) for ids, rating in encoded if fits_training(ids, reward)]
         if len({rating for _, rating in kept}) < 2:
             continue

@@ -58,6 +58,17 @@ ARMS: dict[str, Arm] = {
     "plackett_luce": Arm(
         "scalar", "Plackett-Luce", {"reward.scalar_loss": "plackett_luce"}, HEADLINE_SEEDS
     ),
+    "margin_samples": Arm(
+        "scalar", "with margin, samples only", {"reward.references": False}, HEADLINE_SEEDS
+    ),
+    "pairwise_samples": Arm(
+        "ordinal", "ten classes, samples only", {"reward.references": False}, HEADLINE_SEEDS
+    ),
+    "plackett_luce_samples": Arm(
+        "scalar",
+        "Plackett-Luce, samples only",
+        {"reward.scalar_loss": "plackett_luce", "reward.references": False},
+    ),
     "plackett_luce_all": Arm(
         "scalar",
         "Plackett-Luce, all layers",

@@ -30,6 +30,7 @@ METRICS = {
     "accuracy": "accuracy",
     "accuracy_model_pairs": "model_pairs",
     "nll": "nll",
+    "nll_untied": "nll_untied",
     "ece": "ece",
 }
 RULE_COUNTS = {"accuracy": "n", "model_pairs": "model_pairs_n"}

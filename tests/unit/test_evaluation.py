@@ -16,11 +16,13 @@ from utils import models, rollout
 from utils.config import EvaluationConfig
 from utils.data import Pair, Prompt
 from utils.evaluation import (
+    cluster_draws,
     clustered_interval,
     compare,
     distinct_n,
     evaluate_policy,
     held_out_metrics,
+    percentile_interval,
     repetition,
     sequence_kl,
 )
@@ -53,6 +55,39 @@ def names(count, copies=1):
 
 
 # Intervals
+
+
+def test_draws_by_hand():
+    cluster, drawn = cluster_draws(["b", "a", "b", "c"], 500, seed=3)
+    assert cluster.tolist() == [1, 0, 1, 2]
+    assert drawn.shape == (501, 3)
+    assert drawn[0].tolist() == [1, 1, 1], "the first row is the sample as it is"
+    assert set(drawn.sum(axis=1)) == {3}, "as many clusters are drawn as there are"
+    assert drawn[1:].mean(axis=0) == pytest.approx(1, abs=0.15)
+    picks = np.random.default_rng(3).integers(0, 3, (500, 3))
+    assert drawn[7].tolist() == np.bincount(picks[6], minlength=3).tolist()
+
+
+def test_draws_make_the_interval_of_the_rows_repeated():
+    values, clusters = draws(40), names(8, 5)
+    cluster, drawn = cluster_draws(clusters, 200)
+    slow = np.array([np.repeat(values, times[cluster]).mean() for times in drawn])
+    expected = {**percentile_interval(slow), "n": 40}
+    assert clustered_interval(values, clusters, 200) == pytest.approx(expected)
+
+
+def test_percentiles_leave_out_the_sample_and_what_has_no_value():
+    values = np.array([70.0, *range(41), math.nan])
+    assert percentile_interval(values) == {"value": 70, "low": 1, "high": 39}
+    named = percentile_interval(values, "auc", "auc_")
+    assert named == {"auc": 70, "auc_low": 1, "auc_high": 39}
+    none = percentile_interval(np.array([1.0, math.nan]))
+    assert none == pytest.approx({"value": 1, "low": math.nan, "high": math.nan}, nan_ok=True)
+
+
+def test_values_that_are_missing_do_not_count():
+    found = clustered_interval([1, math.nan, 3], ["a", "b", "b"], 400)
+    assert (found["value"], found["low"], found["high"]) == (2, 1, 3)
 
 
 def test_interval_by_hand():

@@ -16,6 +16,7 @@ from utils.losses import (
     log_win_probability,
     outcome_probabilities,
     pair_indices,
+    rating_entropy,
     rating_pair_loss,
     rating_spread,
 )
@@ -245,6 +246,16 @@ def test_mean_and_spread_equal_numpy(logits):
     assert expected_rating(logits).item() == pytest.approx(mean, abs=1e-4)
     spread = math.sqrt((p * (ratings - mean) ** 2).sum())
     assert rating_spread(logits).item() == pytest.approx(spread, abs=2e-2)
+
+
+def test_entropy_by_hand():
+    halves = torch.full((CLASSES,), -1e4)
+    halves[[0, 9]] = 0.0
+    three = torch.stack([torch.zeros(CLASSES), point(4), halves])
+    expected = [math.log(CLASSES), 0, math.log(2)]
+    assert rating_entropy(three).tolist() == pytest.approx(expected, abs=1e-6)
+    precise = rating_entropy(three.double()).tolist()
+    assert precise == pytest.approx(expected, abs=1e-14), "double logits were rounded"
 
 
 # Pairs within groups

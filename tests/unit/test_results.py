@@ -1,6 +1,7 @@
 """Runs on disk: what survives a full disk or a kill, and when a run is used again."""
 
 import errno
+import gzip
 import json
 
 import pytest
@@ -17,6 +18,7 @@ from utils.results import (
     read_json,
     read_jsonl,
     runs_dir,
+    stored,
     write_json,
     write_jsonl,
 )
@@ -120,6 +122,14 @@ def test_samples_round_trip(tmp_path):
     raw = (tmp_path / "samples.jsonl").read_bytes()
     assert "Grüße, 世界".encode() in raw, "readable text, not escapes"
     assert raw.count(b"\n") == len(rows)
+    (tmp_path / "samples.jsonl.gz").write_bytes(gzip.compress(raw))
+    assert stored(tmp_path / "samples.jsonl").name == "samples.jsonl", "a plain file comes first"
+    (tmp_path / "samples.jsonl").unlink()
+    assert stored(tmp_path / "samples.jsonl").name == "samples.jsonl.gz"
+    assert read_jsonl(tmp_path / "samples.jsonl") == rows
+    assert stored(tmp_path / "other.jsonl").name == "other.jsonl"
+    with pytest.raises(FileNotFoundError, match=r"other\.jsonl'"):
+        read_jsonl(tmp_path / "other.jsonl")
     write_jsonl(tmp_path / "none.jsonl", [])
     assert read_jsonl(tmp_path / "none.jsonl") == []
 

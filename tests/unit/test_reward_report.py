@@ -1,5 +1,6 @@
 """The tables of the reward-model study, from small made-up runs whose numbers are known."""
 
+import gzip
 import math
 import os
 from itertools import count
@@ -175,6 +176,10 @@ def test_a_file_is_read_once_until_it_changes(results, monkeypatch):
     after = accuracy_table(*arguments)
     assert next(reads) == 6, "only the new file is read again"
     assert (before["accuracy"][0], after["accuracy"][0]) == (0.85, 0.7)
+    path.with_name("samples.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    pd.testing.assert_frame_equal(accuracy_table(*arguments), after)
+    assert next(reads) == 8, "a packed file is another file, and is read, too"
     frame = pair_frame(study_runs(results, "margin"), PAIRS[3:], 20)
     assert frame["correct"].tolist() == [0, 1], "these are rows of other pairs"
 
@@ -214,6 +219,11 @@ def test_likelihood_and_its_constant_by_hand(results):
     assert triple(ten, "nll") == pytest.approx(
         (-LOG_WIN.mean(), -LOG_WIN[:3].mean(), -LOG_WIN[4]), rel=1e-5
     )
+    assert triple(scalar, "nll_untied") == pytest.approx(triple(scalar, "nll"), rel=1e-5)
+    # Given no tie, the ten classes are sure of the pairs of p0, toss a coin on p1, err on p2.
+    assert triple(ten, "nll_untied") == pytest.approx((math.log(8) / 5, 0, math.log(4)), abs=1e-6)
+    columns = list(scalar)
+    assert columns.index("nll_untied") == columns.index("nll_high") + 1
     assert scalar["nll_constant"] == pytest.approx(math.log(2))
     assert ten["nll_constant"] == pytest.approx(-math.log(0.45))
     assert ten["accuracy_sd"] == 0

@@ -281,6 +281,28 @@ def test_groups_in_which_all_ratings_tie_are_left_out(tokenizer):
     assert batch["group"].tolist() == [0, 0, 0]
 
 
+def test_references_can_be_left_out(tokenizer):
+    def response(text, rating, source):
+        return Response(text, rating, source=source)
+
+    mixed = [response("a", 3.0, "m"), response("b", 5.0, "m"), response("c", 9.0, "reference")]
+    tied = [response("a", 3.0, "m"), response("b", 3.0, "m"), response("c", 9.0, "reference")]
+    unknown = [response("a", 3.0, None), response("b", 5.0, None)]
+    turns = GROUPS[0].prompt
+    groups = [
+        dataclasses.replace(GROUPS[0], prompt=turns, responses=tuple(responses))
+        for responses in (mixed, tied, unknown)
+    ]
+    encode = encoder(tokenizer, REWARD)
+    everything = training_set(groups, encode, REWARD)
+    assert [sorted(row["ratings"]) for row in everything] == [[3, 5, 9], [3, 3, 9], [3, 5]]
+    samples = dataclasses.replace(REWARD, references=False)
+    assert [sorted(row["ratings"]) for row in training_set(groups, encode, samples)] == [
+        [3, 5],
+        [3, 5],
+    ]
+
+
 # Precision
 
 

@@ -12,7 +12,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from utils.publish import clean, code_hash, publish
+from utils.publish import LARGE, clean, code_hash, copy_run, publish
+from utils.results import read_jsonl, write_jsonl
 from utils.run import REPO, main
 
 TWO_PLUS_TWO = "print('[demo] step 1/2')\nprint('quiet')\n2 + 2"
@@ -241,6 +242,26 @@ def test_publish_copies_the_small_files_of_finished_runs(tmp_path: Path):
     assert "made" in text_of(published)
     report = published.metadata.report
     assert report["code_hash"] == code_hash(published, tmp_path / "utils")
+
+
+def test_large_samples_are_published_packed(tmp_path: Path):
+    rows = [{"prompt_id": f"p{i}", "response": "Grüße\u2028" * 100} for i in range(800)]
+    for name, own in {"large": rows, "small": rows[:5]}.items():
+        make_run(tmp_path / name, "finished", "new")
+        write_jsonl(tmp_path / name / "samples.jsonl", own)
+        copy_run(tmp_path / name, tmp_path / "results" / name)
+        assert read_jsonl(tmp_path / "results" / name / "samples.jsonl") == own
+    large, small = (tmp_path / "results" / name for name in ("large", "small"))
+    assert (tmp_path / "large" / "samples.jsonl").stat().st_size > LARGE
+    assert {path.name for path in small.glob("samples*")} == {"samples.jsonl"}
+    assert {path.name for path in large.glob("samples*")} == {"samples.jsonl.gz"}
+    first = (large / "samples.jsonl.gz").read_bytes()
+    assert len(first) < LARGE
+    assert first[4:8] == bytes(4), "the time of packing would make other bytes of the same rows"
+    copy_run(large, large)
+    copy_run(tmp_path / "large", tmp_path / "again")
+    assert first == (large / "samples.jsonl.gz").read_bytes(), "packed twice, or lost"
+    assert first == (tmp_path / "again" / "samples.jsonl.gz").read_bytes()
 
 
 def test_publish_refuses_outputs_of_other_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

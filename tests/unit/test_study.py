@@ -1,6 +1,7 @@
 """The arms of the study, the judge's folds, and models by name, with a tiny model."""
 
 import dataclasses
+import gzip
 import hashlib
 import json
 
@@ -10,7 +11,7 @@ import torch
 
 from utils import judge, published, study
 from utils.config import RewardConfig
-from utils.judge import FOLDS, Judge, Member, fold_pairs, judge_folds, prompt_key
+from utils.judge import FOLDS, Judge, Member, judge_folds, member_data, prompt_key
 from utils.pipeline import prepared_data
 from utils.profiles import PROFILES, load_profile
 from utils.results import ResultsError
@@ -28,7 +29,7 @@ def small(monkeypatch, tmp_path):
         )
     monkeypatch.setattr("utils.pipeline.runs_dir", lambda profile: tmp_path / "runs")
     monkeypatch.setattr(published, "runs_dir", lambda profile: tmp_path / "runs")
-    monkeypatch.setattr(published, "ROOT", tmp_path)
+    monkeypatch.setattr(published, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(published, "MODELS", tmp_path / "results" / "models")
     monkeypatch.setattr(published, "INDEX", tmp_path / "results" / "models" / "index.json")
     return tmp_path
@@ -80,8 +81,13 @@ def test_folds_are_balanced_disjoint_and_leave_the_training_prompts_alone():
     assert len(folds) == len(data.prompts("validation")) + len(data.prompts("test"))
     sizes = [list(folds.values()).count(fold) for fold in range(FOLDS)]
     assert max(sizes) - min(sizes) <= 1
-    pairs = [pair for fold in range(FOLDS) for pair in fold_pairs(data, fold)]
-    assert len(pairs) == len(data.pairs("validation")) + len(data.pairs("test"))
+    judged = 0
+    for fold in range(FOLDS):
+        groups, pairs = member_data(data, fold)
+        assert {folds[prompt_key(group.prompt)] for group in groups} == set(range(FOLDS)) - {fold}
+        assert {folds[prompt_key(pair.group.prompt)] for pair in pairs} == {fold}
+        judged += len(pairs)
+    assert judged == len(data.pairs("validation")) + len(data.pairs("test"))
 
 
 class Constant:
@@ -112,9 +118,10 @@ def test_train_publish_load(small, capsys):
     for name, (arm, seed) in published.CHOSEN.items():
         run = study.study_stage(arm, seed)
         assert run.directory.name == f"rm_{arm}_s{seed}", name
-    for arm, seed in judge.MEMBERS:
-        for fold in range(FOLDS):
-            run = judge.judge_stage(arm, seed, fold)
+    assert len(judge.member_runs()) == len(judge.MEMBERS) * FOLDS
+    for name in judge.member_runs():
+        run = judge.judge_stage(name)
+        assert run.directory.name == name
     data = prepared_data(PROFILES["smoke"])
     assert json.loads((run.directory / "run.json").read_text())["config"]["fold"] == FOLDS - 1
     published.main()
@@ -125,6 +132,11 @@ def test_train_publish_load(small, capsys):
     assert set(probes["series"]) == {"scalar", "ordinal", "judge"}
     table = judge.judge_accuracy(small / "results", data.pairs("test"), 50)
     assert table["judge"].tolist()[:2] == ["judge"] * 2
+    plain = small / "results" / "cpu-judge_pairwise_f1" / "samples.jsonl"
+    plain.with_name("samples.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    plain.unlink()
+    packed = judge.judge_accuracy(small / "results", data.pairs("test"), 50)
+    pd.testing.assert_frame_equal(packed, table)
     assert judge.judge_accuracy(small, data.pairs("test"), 50).empty
 
     arguments = ([ASK, ASK], ["Blue.", "It depends on the light"], [True, False])
