@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from utils.config import Profile
 from utils.environment import RESULTS, quiet
-from utils.judge import FOLDS, Judge, Member, judge_folds, member_runs
+from utils.judge import FOLDS, Judge, Member, judge_folds, member_profile, member_runs
 from utils.pipeline import open_stage, prepared_data, stage_config
 from utils.probes import probe_pairs, run_probes
 from utils.publish import copy_run, read_record
@@ -145,7 +145,8 @@ def _load(entry: dict[str, Any]) -> RewardModel:
     if hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
         raise ResultsError(f"results/models/{path.name} is not the file that was published")
     arm = entry["arm"]
-    reward_model = RewardModel.fresh(ARMS[arm].kind, arm_profile(arm, entry["seed"]))
+    profile = (member_profile if "fold" in entry else arm_profile)(arm, entry["seed"])
+    reward_model = RewardModel.fresh(ARMS[arm].kind, profile)
     set_peft_model_state_dict(reward_model.model, load_file(path))
     return reward_model
 
