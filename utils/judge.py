@@ -9,21 +9,25 @@ was it trained on any prompt that a policy's reward model or the policy itself h
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from utils.config import Profile
 from utils.data import Group, Pair, PreferenceData, Prompt
 from utils.environment import quiet
 from utils.evaluation import clustered_interval
 from utils.pipeline import REWARD_FIELDS, open_stage, prepared_data, stage_config, train_and_score
+from utils.profiles import with_fields
 from utils.results import Run, read_jsonl, stored
 from utils.reward_evaluation import Key, response_key
 from utils.rewards import RewardModel
@@ -33,6 +37,8 @@ FOLDS = 4
 # Two losses that differ much, so that what the members have in common is the text; with seeds that
 # no policy's reward model has.
 MEMBERS = (("plackett_luce_samples", 100), ("pairwise_samples", 101))
+# Fewer prompts than the arms have, so more passes; a small rank, since eight are published.
+CHANGES: dict[str, Any] = {"reward.epochs": 2.0, "reward.lora_r": 8, "reward.lora_alpha": 16}
 
 
 @dataclass(frozen=True)
@@ -109,10 +115,15 @@ def member_runs() -> dict[str, tuple[str, int, int]]:
     }
 
 
+def member_profile(arm: str, seed: int) -> Profile:
+    """Return the profile that a member of the judge is trained with."""
+    return with_fields(arm_profile(arm, seed), CHANGES)
+
+
 def judge_stage(name: str) -> Run:
     """Train one of `member_runs` and score the pairs of the fold it judges, or find it done."""
     arm, seed, fold = member_runs()[name]
-    profile = arm_profile(arm, seed)
+    profile = member_profile(arm, seed)
     config = stage_config(profile, REWARD_FIELDS, kind=ARMS[arm].kind, fold=fold, folds=FOLDS)
     run, finished = open_stage(profile, name, config)
     if not finished:
@@ -173,10 +184,15 @@ def judge_accuracy(results: Path, pairs: Sequence[Pair], samples: int) -> pd.Dat
     return pd.DataFrame(table)
 
 
-def main() -> None:
-    """Train all members."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m utils.judge")
+    parser.add_argument("members", nargs="*", metavar="MEMBER", help="default: all")
+    wanted = parser.parse_args(arguments).members or list(member_runs())
+    if unknown := [name for name in wanted if name not in member_runs()]:
+        parser.error(f"unknown: {', '.join(unknown)}; there are: {', '.join(member_runs())}")
     quiet()
-    for name in member_runs():
+    for name in wanted:
         accuracy = judge_stage(name).info["metrics"]["accuracy"]["value"]
         print(f"[{name}] accuracy on its fold {accuracy:.3f}", flush=True)
 

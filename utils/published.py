@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.checkpoints import load_adapter
 from utils.config import Profile
 from utils.environment import RESULTS, quiet
-from utils.judge import FOLDS, Judge, Member, judge_folds, member_runs
+from utils.judge import FOLDS, Judge, Member, judge_folds, member_profile, member_runs
 from utils.pipeline import load_sft, open_stage, prepared_data, stage_config
 from utils.policy_arms import ARMS as POLICY_ARMS
 from utils.policy_arms import policy_profile
@@ -210,7 +210,8 @@ def _state(entry: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _load(entry: Mapping[str, Any]) -> RewardModel:
     state, arm = _state(entry), entry["arm"]
-    reward_model = RewardModel.fresh(ARMS[arm].kind, arm_profile(arm, entry["seed"]))
+    profile = (member_profile if "fold" in entry else arm_profile)(arm, entry["seed"])
+    reward_model = RewardModel.fresh(ARMS[arm].kind, profile)
     set_peft_model_state_dict(reward_model.model, state)
     return reward_model
 
