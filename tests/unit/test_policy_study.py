@@ -83,7 +83,7 @@ def world(tmp_path_factory):
         patch.setattr(policy_study, "load_published", lambda name: Wordy(name))
         patch.setattr(policy_study, "published_sums", lambda names: {n: SUMS[n] for n in names})
         patch.setattr(results, "ROOT", root)
-        patch.setattr(published, "ROOT", root)
+        patch.setattr(published, "RESULTS", root / "results")
         patch.setattr(published, "MODELS", models)
         patch.setattr(published, "INDEX", models / "index.json")
         forget()
