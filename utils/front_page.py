@@ -13,7 +13,8 @@ from utils.results import GLOSSARY, read_json
 
 PROFILE = "quick"  # the profile whose published runs are summarised
 KINDS = ("scalar", "ordinal")
-HEADLINE = ("margin", "pairwise", "anchored", "plackett_luce")  # arms of the README's table
+# Arms of the README's table.
+HEADLINE = ("margin", "pairwise", "anchored", "plackett_luce", "margin_samples", "pairwise_samples")
 POLICIES = {
     "sft": "SFT, 4 bits (where both policies start)",
     "sft_best": "SFT at its best temperature",

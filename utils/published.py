@@ -46,8 +46,9 @@ from utils.study import ARMS, arm_profile
 
 MODELS = RESULTS / "models"
 INDEX = MODELS / "index.json"
-# What the names stand for until validation has chosen: name -> arm, seed.
-CHOSEN = {"scalar": ("margin", 0), "ordinal": ("pairwise", 0)}
+# What the names stand for: name -> arm, seed. Policies are rewarded for differences between samples;
+# trained on samples only, a model tells these apart best (on held-out training prompts).
+CHOSEN = {"scalar": ("margin_samples", 0), "ordinal": ("pairwise_samples", 0)}
 NAMES = (*CHOSEN, "judge")
 POLICIES = "policies"  # the index's entry for aligned policies, by arm
 RUNS = ("rm_*", "judge_*", "probes", "trial_*", "sft_*", "align_*", "validation_*", "test_*")

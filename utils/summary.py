@@ -33,6 +33,8 @@ METRICS = {
     "nll_untied": "nll_untied",
     "ece": "ece",
 }
+# The arms with the losses of the chosen ones that were trained on references, too.
+WITH_REFERENCES = {"scalar": "margin", "ordinal": "pairwise"}
 RULE_COUNTS = {"accuracy": "n", "model_pairs": "model_pairs_n"}
 
 
@@ -78,17 +80,19 @@ def _entry(interval: dict[str, float], run: str, seeds: int = 1) -> dict[str, An
 
 
 def _reward_models(results: Path) -> dict[str, dict[str, Any]]:
-    """Read the study's tables: the two chosen arms, the judge, and the rules to beat."""
+    """Read the study's tables: the chosen arms, their like with references, judge and rules."""
     study, rules = study_table(results), pd.read_csv(results / "tables" / "09_rules.csv")
     rules = rules.set_index("rule")
     numbers = {column: rules.loc["longer", n] for column, n in RULE_COUNTS.items()}
     found = {}
-    for kind, (arm, _) in CHOSEN.items():
+    arms = {kind: arm for kind, (arm, _) in CHOSEN.items()}
+    arms |= {f"{kind}_references": arm for kind, arm in WITH_REFERENCES.items()}
+    for model, arm in arms.items():
         row, run = study.loc[arm], f"cpu-rm_{arm}"
         for name, column in METRICS.items():
             count = numbers.get(column, numbers["accuracy"])
             entry = _entry({**named_interval(row, column), "n": count}, run, row["seeds"])
-            found[f"rm_{kind}.{name}"] = entry
+            found[f"rm_{model}.{name}"] = entry
     text = rules[rules["reads_text"]]["model_pairs"].idxmax()
     for name, rule, column in (
         ("rule.longer.accuracy", "longer", "accuracy"),
