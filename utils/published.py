@@ -46,7 +46,7 @@ from utils.study import ARMS, arm_profile
 
 MODELS = RESULTS / "models"
 INDEX = MODELS / "index.json"
-# What the names stand for: name -> arm, seed. Policies are rewarded for differences between samples;
+# What the names stand for: name -> arm, seed. A policy is rewarded for differences between samples;
 # trained on samples only, a model tells these apart best (on held-out training prompts).
 CHOSEN = {"scalar": ("margin_samples", 0), "ordinal": ("pairwise_samples", 0)}
 NAMES = (*CHOSEN, "judge")
