@@ -15,6 +15,7 @@ PROFILE = "quick"  # the profile whose published runs are summarised
 KINDS = ("scalar", "ordinal")
 # Arms of the README's table.
 HEADLINE = ("margin", "pairwise", "anchored", "plackett_luce", "margin_samples", "pairwise_samples")
+ENDS = ("", "_low", "_high")
 POLICIES = {
     "sft": "SFT, 4 bits (where both policies start)",
     "sft_best": "SFT at its best temperature",
@@ -164,7 +165,25 @@ def _study_table(results: Path) -> str:
     for name, row in rules[rules["reads_text"]].set_index("rule").iterrows():
         cells = [_cell(named_interval(row, column)) for column in ("accuracy", "model_pairs")]
         lines.append(f"| rule: {name.replace('_', ' ')} | | {' | '.join(cells)} | | |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_references(results)])
+
+
+def _references(results: Path) -> list[str]:
+    """Say what leaving the references out of training changes, if the study has it."""
+    path = results / "tables" / "09_references.csv"
+    if not path.exists():
+        return []
+    lines = ["", "The references teach a shortcut; on the same pairs and seeds,", ""]
+    for row in pd.read_csv(path).to_dict("records"):
+        between, everything = (
+            "{:+.3f} [{:+.3f}, {:+.3f}]".format(*(row[f"{column}{end}"] for end in ENDS))
+            for column in ("model_pairs", "accuracy")
+        )
+        lines.append(
+            f"- {row['label']}: {between} between two samples, {everything} on all pairs, against "
+            f"the `{row['reference']}` arm."
+        )
+    return lines
 
 
 def _cell(interval: Mapping[str, float]) -> str:
