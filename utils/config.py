@@ -85,7 +85,9 @@ class RewardConfig:
     # utils/encodings.py.
     encoding: str = "chat"
     cut_length: int = 512  # tokens; for the encodings "cut" and "dropped"
-    references: bool = True  # train on reference answers, too, not only on samples of a model
+    # The loss over all comparisons counts this much, the loss over those between samples of a model
+    # the rest, so that at 0 no reference answer is read; groups trainer only.
+    reference_weight: float = 1.0
     trainer: str = "groups"  # "pairs": trl.RewardTrainer as it is, for comparison, scalar only
     epochs: float = 1.0
     learning_rate: float = 3e-4
@@ -106,6 +108,10 @@ class RewardConfig:
         expected = "a divisor of reward.groups_per_step"
         _require(divides, "reward.micro_groups", self.micro_groups, expected)
         _require(self.save_steps > 0, "reward.save_steps", self.save_steps, "> 0")
+        weight = self.reference_weight
+        known = weight == 1 if self.trainer == "pairs" else 0 <= weight <= 1
+        expected = '0..1, and 1 with the trainer "pairs"'
+        _require(known, "reward.reference_weight", weight, expected)
         for name, known in REWARD_CHOICES.items():
             value = getattr(self, name)
             _require(value in known, f"reward.{name}", value, ", ".join(known))

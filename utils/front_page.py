@@ -14,7 +14,7 @@ from utils.results import GLOSSARY, read_json
 PROFILE = "quick"  # the profile whose published runs are summarised
 KINDS = ("scalar", "ordinal")
 # Arms of the README's table.
-HEADLINE = ("margin", "pairwise", "anchored", "plackett_luce", "margin_samples", "pairwise_samples")
+HEADLINE = ("margin", "pairwise", "anchored", "plackett_luce", "margin_light", "pairwise_light")
 ENDS = ("", "_low", "_high")
 POLICIES = {
     "sft": "SFT, 4 bits (where both policies start)",

@@ -36,7 +36,7 @@ from utils.study import ARMS, arm_profile
 FOLDS = 4
 # Two losses that differ much, so that what the members have in common is the text; with seeds that
 # no policy's reward model has.
-MEMBERS = (("plackett_luce_samples", 100), ("pairwise_samples", 101))
+MEMBERS = (("plackett_luce_light", 100), ("pairwise_light", 101))
 # Fewer prompts than the arms have, so more passes; a small rank, since eight are published.
 CHANGES: dict[str, Any] = {"reward.epochs": 2.0, "reward.lora_r": 8, "reward.lora_alpha": 16}
 

@@ -48,7 +48,7 @@ MODELS = RESULTS / "models"
 INDEX = MODELS / "index.json"
 # What the names stand for: name -> arm, seed. A policy is rewarded for differences between samples;
 # trained on samples only, a model tells these apart best (on held-out training prompts).
-CHOSEN = {"scalar": ("margin_samples", 0), "ordinal": ("pairwise_samples", 0)}
+CHOSEN = {"scalar": ("margin_light", 0), "ordinal": ("pairwise_light", 0)}
 NAMES = (*CHOSEN, "judge")
 POLICIES = "policies"  # the index's entry for aligned policies, by arm
 RUNS = ("rm_*", "judge_*", "probes", "trial_*", "sft_*", "align_*", "validation_*", "test_*")

@@ -17,16 +17,31 @@ from utils.losses import (
 )
 
 
-def reward_loss(logits: Tensor, ratings: Tensor, group: Tensor, reward: RewardConfig) -> Tensor:
-    """Return the mean loss over all comparisons within the groups, a scalar.
+def reward_loss(
+    logits: Tensor, ratings: Tensor, group: Tensor, reference: Tensor, reward: RewardConfig
+) -> Tensor:
+    """Return the mean loss over the comparisons within the groups, a scalar.
+
+    With a `reward.reference_weight` w below 1 it is w times that over all comparisons and 1 - w
+    times that over the comparisons between samples, where there are any.
 
     Args:
         logits: outputs of the head, shape (rows, 1), trained with `reward.scalar_loss`, or
             (rows, 10), trained with `reward.ordinal_loss`.
         ratings: on the scale 1..10, shape (rows,).
         group: which responses were rated side by side, integers, shape (rows,).
+        reference: which responses are references, no samples of a model, shape (rows,).
         reward: names the loss and its constants.
     """
+    weight, sample = reward.reference_weight, ~reference
+    loss = _loss(logits, ratings, group, reward)
+    if weight == 1 or not len(pair_indices(ratings[sample], group[sample])[0]):
+        return weight * loss
+    between = _loss(logits[sample], ratings[sample], group[sample], reward)
+    return weight * loss + (1 - weight) * between
+
+
+def _loss(logits: Tensor, ratings: Tensor, group: Tensor, reward: RewardConfig) -> Tensor:
     if logits.shape[-1] == 1:
         return _scalar_loss(logits[:, 0], ratings, group, reward)
     first, second = pair_indices(ratings, group)

@@ -28,8 +28,8 @@ ROWS_TOGETHER = 8  # responses of like length in one forward pass
 class GroupCollator:
     """Stack the responses of several groups; each response is in the batch once.
 
-    Returns `input_ids` (rows, time), `ratings` (rows,), `group` (rows,) and `lengths` (rows,) in
-    tokens, the rows in order of their length.
+    Returns `input_ids` (rows, time), `ratings` (rows,), `group` (rows,), `reference` (rows,), which
+    are no samples of a model, and `lengths` (rows,) in tokens, the rows in order of their length.
     """
 
     pad_token_id: int
@@ -37,15 +37,19 @@ class GroupCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Collate rows of the dataset made by `training_set`."""
         rows = [
-            (ids, rating, group)
+            (ids, rating, reference, group)
             for group, example in enumerate(examples)
-            for ids, rating in zip(example["ids"], example["ratings"], strict=True)
+            for ids, rating, reference in zip(
+                example["ids"], example["ratings"], example["reference"], strict=True
+            )
         ]
-        ids, ratings, groups = zip(*sorted(rows, key=lambda row: len(row[0])), strict=True)
+        by_length = sorted(rows, key=lambda row: len(row[0]))
+        ids, ratings, references, groups = zip(*by_length, strict=True)
         return {
             "input_ids": pad_right(ids, self.pad_token_id),
             "ratings": torch.tensor(ratings),
             "group": torch.tensor(groups),
+            "reference": torch.tensor(references),
             "lengths": torch.tensor([len(row) for row in ids]),
         }
 
@@ -82,7 +86,7 @@ class GroupRewardTrainer(RewardTrainer):
         return dataset  # tokenised by `training_set`
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["ids", "ratings"]
+        self._signature_columns = ["ids", "ratings", "reference"]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -102,12 +106,12 @@ class GroupRewardTrainer(RewardTrainer):
 
         With `num_items_in_batch`, the pairs of the whole step, it is this batch's share in the
         mean over those: however a step is cut into batches, the gradient of a pairwise loss is the
-        same.
+        same, if references count like all others.
         """
         logits = self._logits(model, inputs["input_ids"], inputs["lengths"])
         ratings = inputs["ratings"]
         chosen, rejected = pair_indices(ratings, inputs["group"])
-        loss = reward_loss(logits, ratings, inputs["group"], self.reward)
+        loss = reward_loss(logits, ratings, inputs["group"], inputs["reference"], self.reward)
         if num_items_in_batch is not None:
             loss = loss * (len(chosen) / num_items_in_batch)
         reward = reward_from_logits(logits.detach())
@@ -132,13 +136,16 @@ def training_set(groups: Sequence[Group], encode: Encode, reward: RewardConfig) 
     """Tokenise groups for `GroupRewardTrainer`; those in which all ratings tie are left out."""
     rows = []
     for group in groups:
-        used = [r for r in group.responses if reward.references or r.source != "reference"]
-        encoded = [(encode(group.prompt, r.text, r.finished), r.rating) for r in used]
-        kept = [(ids, rating) for ids, rating in encoded if fits_training(ids, reward)]
-        if len({rating for _, rating in kept}) < 2:
+        encoded = [
+            (encode(group.prompt, r.text, r.finished), r.rating, r.source == "reference")
+            for r in group.responses
+            if reward.reference_weight or r.source != "reference"
+        ]
+        kept = [row for row in encoded if fits_training(row[0], reward)]
+        if len({rating for _, rating, _ in kept}) < 2:
             continue
-        ids, ratings = zip(*kept, strict=True)
-        rows.append({"ids": ids, "ratings": ratings})
+        ids, ratings, references = zip(*kept, strict=True)
+        rows.append({"ids": ids, "ratings": ratings, "reference": references})
     return Dataset.from_list(rows)
 
 

@@ -45,6 +45,7 @@ def _mistake(label: str, encoding: str, **changes: Any) -> Arm:
 
 
 SHORT = {"reward.cut_length": 128}
+PLACKETT_LUCE = {"reward.scalar_loss": "plackett_luce"}
 BITS16 = {"model.quantization": "none"}
 ARMS: dict[str, Arm] = {
     "margin": Arm("scalar", "Bradley-Terry with margin", seeds=HEADLINE_SEEDS),
@@ -55,26 +56,21 @@ ARMS: dict[str, Arm] = {
         {"reward.ordinal_loss": "anchored"},
         HEADLINE_SEEDS,
     ),
-    "plackett_luce": Arm(
-        "scalar", "Plackett-Luce", {"reward.scalar_loss": "plackett_luce"}, HEADLINE_SEEDS
-    ),
-    "margin_samples": Arm(
-        "scalar", "with margin, samples only", {"reward.references": False}, HEADLINE_SEEDS
-    ),
-    "pairwise_samples": Arm(
-        "ordinal", "ten classes, samples only", {"reward.references": False}, HEADLINE_SEEDS
-    ),
-    "plackett_luce_samples": Arm(
-        "scalar",
-        "Plackett-Luce, samples only",
-        {"reward.scalar_loss": "plackett_luce", "reward.references": False},
-    ),
-    "plackett_luce_all": Arm(
-        "scalar",
-        "Plackett-Luce, all layers",
-        {"reward.scalar_loss": "plackett_luce", "reward.first_layer": 0},
-    ),
-    "pairwise_all": Arm("ordinal", "ten classes, all layers", {"reward.first_layer": 0}),
+    "plackett_luce": Arm("scalar", "Plackett-Luce", PLACKETT_LUCE, HEADLINE_SEEDS),
+    **{
+        f"{name}_{suffix}": Arm(
+            kind,
+            f"{label}, references {told}",
+            {**changes, "reward.reference_weight": weight},
+            seeds if weight else (0,),
+        )
+        for suffix, told, weight in (("light", "count .1", 0.1), ("samples", "left out", 0.0))
+        for name, kind, label, changes, seeds in (
+            ("margin", "scalar", "with margin", {}, HEADLINE_SEEDS),
+            ("pairwise", "ordinal", "ten classes", {}, HEADLINE_SEEDS),
+            ("plackett_luce", "scalar", "Plackett-Luce", PLACKETT_LUCE, (0,)),
+        )
+    },
     "bt": Arm("scalar", "Bradley-Terry", {"reward.margin_scale": 0.0}),
     "scaled": Arm(
         "scalar", "Bradley-Terry, scaled", {"reward.scalar_loss": "scaled_bradley_terry"}
@@ -82,7 +78,6 @@ ARMS: dict[str, Arm] = {
     "ties_half": Arm("ordinal", "ten classes, ties half", {"reward.ordinal_loss": "ties_half"}),
     "soft": Arm("ordinal", "ten classes, soft targets", {"reward.ordinal_loss": "soft_classes"}),
     "bits16": Arm("scalar", "with margin, LoRA on 16 bits", BITS16),
-    "pairwise_bits16": Arm("ordinal", "ten classes, LoRA on 16 bits", BITS16),
     "full_tuning": Arm(
         "scalar",
         "with margin, all weights, 16 bits",

@@ -171,12 +171,41 @@ def test_soft_class_loss_is_a_divergence():
 def test_each_name_is_another_loss(outputs, field):
     logits = torch.randn(5, outputs, generator=torch.Generator().manual_seed(0))
     ratings, group = torch.tensor([1.0, 4.0, 4.0, 9.0, 2.0]), torch.tensor([0, 0, 0, 0, 0])
+    samples = torch.zeros(5, dtype=torch.bool)
     found = {
-        name: reward_loss(logits, ratings, group, replace(RewardConfig(), **{field: name})).item()
+        name: reward_loss(
+            logits, ratings, group, samples, replace(RewardConfig(), **{field: name})
+        ).item()
         for name in REWARD_CHOICES[field]
     }
     assert len({round(value, 5) for value in found.values()}) == len(found), found
     assert all(math.isfinite(value) for value in found.values())
+
+
+@pytest.mark.parametrize("loss", REWARD_CHOICES["scalar_loss"])
+def test_references_count_as_much_as_their_weight(loss):
+    rewards = torch.randn(4, 1, generator=torch.Generator().manual_seed(0))
+    ratings, group = torch.tensor([1.0, 4.0, 6.0, 9.0]), torch.zeros(4, dtype=torch.long)
+    last = torch.tensor([False, False, False, True])
+
+    def pays(weight, reference, rows=slice(None)):
+        reward = RewardConfig(scalar_loss=loss, reference_weight=weight)
+        return reward_loss(rewards[rows], ratings[rows], group[rows], reference[rows], reward)
+
+    everything, between = pays(1.0, last), pays(1.0, last, slice(3))
+    torch.testing.assert_close(pays(0.25, last), 0.25 * everything + 0.75 * between)
+    assert not torch.isclose(everything, between)
+    # Without a comparison between samples there is nothing to take the mean of.
+    only = torch.tensor([True, False, False, True])
+    ratings[1] = ratings[2]
+    torch.testing.assert_close(pays(0.25, only), 0.25 * pays(1.0, only))
+
+
+def test_trl_knows_no_weight_of_references():
+    with pytest.raises(
+        ConfigError, match=r"reward\.reference_weight = 0\.1, expected 0\.\.1, and 1"
+    ):
+        RewardConfig(trainer="pairs", reference_weight=0.1)
 
 
 def test_an_unknown_loss_is_refused():

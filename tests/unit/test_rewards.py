@@ -296,7 +296,9 @@ def test_references_can_be_left_out(tokenizer):
     encode = encoder(tokenizer, REWARD)
     everything = training_set(groups, encode, REWARD)
     assert [sorted(row["ratings"]) for row in everything] == [[3, 5, 9], [3, 3, 9], [3, 5]]
-    samples = dataclasses.replace(REWARD, references=False)
+    batch = GroupCollator(tokenizer.pad_token_id)(list(everything))
+    assert batch["ratings"][batch["reference"]].tolist() == [9, 9]
+    samples = dataclasses.replace(REWARD, reference_weight=0.0)
     assert [sorted(row["ratings"]) for row in training_set(groups, encode, samples)] == [
         [3, 5],
         [3, 5],

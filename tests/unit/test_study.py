@@ -44,7 +44,7 @@ def test_every_arm_is_a_profile():
     headline = {name for name, arm in ARMS.items() if tuple(arm.seeds) == HEADLINE_SEEDS}
     assert headline == {
         *("margin", "pairwise", "anchored", "plackett_luce"),
-        *("margin_samples", "pairwise_samples"),
+        *("margin_light", "pairwise_light"),
     }
 
 
@@ -135,7 +135,7 @@ def test_train_publish_load(small, capsys):
     assert set(probes["series"]) == {"scalar", "ordinal", "judge"}
     table = judge.judge_accuracy(small / "results", data.pairs("test"), 50)
     assert table["judge"].tolist()[:2] == ["judge"] * 2
-    plain = small / "results" / "cpu-judge_pairwise_samples_f1" / "samples.jsonl"
+    plain = small / "results" / "cpu-judge_pairwise_light_f1" / "samples.jsonl"
     plain.with_name("samples.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
     plain.unlink()
     packed = judge.judge_accuracy(small / "results", data.pairs("test"), 50)
