@@ -46,6 +46,8 @@ def _mistake(label: str, encoding: str, **changes: Any) -> Arm:
 
 SHORT = {"reward.cut_length": 128}
 PLACKETT_LUCE = {"reward.scalar_loss": "plackett_luce"}
+LIGHT = {"reward.reference_weight": 0.1}
+SAMPLES = {"reward.reference_weight": 0.0}
 BITS16 = {"model.quantization": "none"}
 ARMS: dict[str, Arm] = {
     "margin": Arm("scalar", "Bradley-Terry with margin", seeds=HEADLINE_SEEDS),
@@ -57,20 +59,13 @@ ARMS: dict[str, Arm] = {
         HEADLINE_SEEDS,
     ),
     "plackett_luce": Arm("scalar", "Plackett-Luce", PLACKETT_LUCE, HEADLINE_SEEDS),
-    **{
-        f"{name}_{suffix}": Arm(
-            kind,
-            f"{label}, references {told}",
-            {**changes, "reward.reference_weight": weight},
-            seeds if weight else (0,),
-        )
-        for suffix, told, weight in (("light", "count .1", 0.1), ("samples", "left out", 0.0))
-        for name, kind, label, changes, seeds in (
-            ("margin", "scalar", "with margin", {}, HEADLINE_SEEDS),
-            ("pairwise", "ordinal", "ten classes", {}, HEADLINE_SEEDS),
-            ("plackett_luce", "scalar", "Plackett-Luce", PLACKETT_LUCE, (0,)),
-        )
-    },
+    "margin_light": Arm("scalar", "with margin, references count .1", LIGHT, HEADLINE_SEEDS),
+    "pairwise_light": Arm("ordinal", "ten classes, references count .1", LIGHT, HEADLINE_SEEDS),
+    "plackett_luce_light": Arm(
+        "scalar", "Plackett-Luce, references count .1", {**PLACKETT_LUCE, **LIGHT}
+    ),
+    "margin_samples": Arm("scalar", "with margin, references left out", SAMPLES),
+    "pairwise_samples": Arm("ordinal", "ten classes, references left out", SAMPLES),
     "bt": Arm("scalar", "Bradley-Terry", {"reward.margin_scale": 0.0}),
     "scaled": Arm(
         "scalar", "Bradley-Terry, scaled", {"reward.scalar_loss": "scaled_bradley_terry"}
