@@ -169,7 +169,7 @@ def _study_table(results: Path) -> str:
 
 
 def _references(results: Path) -> list[str]:
-    """Say what leaving the references out of training changes, if the study has it."""
+    """Say what it changes if references count less in training, if the study has it."""
     path = results / "tables" / "09_references.csv"
     if not path.exists():
         return []
