@@ -47,7 +47,13 @@ PROFILES: dict[str, Profile] = {
     "quick": Profile(
         name="quick",
         data=DataConfig(train_prompts=240, validation_prompts=36, test_prompts=96),
-        reward=RewardConfig(learning_rate=5e-4, groups_per_step=4, micro_groups=4, first_layer=18),
+        reward=RewardConfig(
+            learning_rate=5e-4,
+            groups_per_step=4,
+            micro_groups=4,
+            first_layer=18,
+            reference_weight=0.3,
+        ),
         reinforce=ReinforceConfig(steps=16, learning_rate=4e-4, beta=0.1, eval_steps=4),
         evaluation=EvaluationConfig(batch_size=48),
     ),
