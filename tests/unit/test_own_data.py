@@ -158,9 +158,9 @@ def test_the_notebooks_say_what_the_data_lacks(copy: Path, outputs: dict[str, st
     for path in (copy / "runs/mine/tables").glob("*.csv"):
         frame = pd.read_csv(path)
         assert len(frame), f"{path.name} is empty"
-        if "metric" in frame:  # only the study has a judge
-            frame = frame[frame["metric"] != "eval_judge"]
         numbers = frame.select_dtypes("number")
+        if numbers.empty:  # the settings are text
+            continue
         assert not numbers.isna().all(axis=1).any(), f"{path.name} has a row without a number"
     panel = pd.read_csv(copy / "runs/mine/tables/06_panel.csv")
     assert len(panel) == 4, "one prompt of the test split was taken for all of a category"
