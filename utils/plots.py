@@ -201,23 +201,6 @@ def paired_differences(
 
 
 @style()
-def gain_by_category(frame: pd.DataFrame, title: str) -> Figure:
-    """Show gains with 95% intervals per category; an optional column `policy` sets colours."""
-    order = frame.groupby("category")["difference"].mean().sort_values().index
-    groups = [*frame.groupby("policy", sort=False)] if "policy" in frame else [("", frame)]
-    fig, ax = look.panels(1, 1, 1.2 + (0.2 + 0.1 * len(groups)) * len(order), title)
-    for place, (name, part) in enumerate(groups):
-        y = order.get_indexer(part["category"]) + 0.25 * ((len(groups) - 1) / 2 - place)
-        table = part[["difference", "low", "high"]].to_numpy()
-        look.intervals(ax, y, table, look.policy_color(name, place), look.NAMES.get(name, name))
-    ax.set_yticks(range(len(order)), [name.replace("_", " ") for name in order])
-    ax.set_xlabel(f"gain over SFT, {SFT_SD} (line: 95% interval; hollow: holds 0)")
-    if len(groups) > 1:
-        ax.legend()
-    return fig
-
-
-@style()
 def bandit_curves(curves: Mapping[str, Sequence[float]], optimum: float, title: str) -> Figure:
     """Show the expected reward of a bandit's policies by step, and the best possible one."""
     fig, ax = look.panels(1, 1, 3.4, title)

@@ -132,13 +132,16 @@ def length_figure(
 
 
 @style()
-def category_figure(
-    table: pd.DataFrame, title: str, policies: Sequence[str] = ("scalar", "ordinal")
-) -> Figure:
-    """Show the judge's gains of a few arms by category, from a table of `policy_category_table`."""
-    table = table[(table["reward"] == "judge") & table["policy"].isin(policies)]
+def category_figure(table: pd.DataFrame, title: str) -> Figure:
+    """Show the gains of a few policies by category.
+
+    Args:
+        table: columns `policy`, `category`, `value`, `low`, `high` and `n` (prompts), such as one
+            reward's rows of `policy_category_table`.
+        title: of the figure.
+    """
     order = table.groupby("category")["value"].mean().sort_values().index
-    shown = [policy for policy in policies if policy in set(table["policy"])]
+    shown = in_order(table["policy"])
     fig, ax = look.panels(1, 1, 1.5 + (0.2 + 0.1 * len(shown)) * len(order), title)
     ax.axvline(0, color=look.DARK, lw=1, ls="--")
     for place, policy in enumerate(shown):

@@ -65,8 +65,8 @@ def reward_metrics() -> pd.DataFrame:
     return pd.DataFrame({"step": [1, 2, 3], "loss": [0.9, 0.7, 0.5], "accuracy": [0.5, 0.6, 0.8]})
 
 
-def differences(column: str, *names: str) -> pd.DataFrame:
-    return pd.DataFrame({column: names, "difference": 0.5, "low": [-0.1, 0.2], "high": 0.9})
+def differences(*names: str) -> pd.DataFrame:
+    return pd.DataFrame({"policy": names, "difference": 0.5, "low": [-0.1, 0.2], "high": 0.9})
 
 
 def band() -> pd.DataFrame:
@@ -84,9 +84,8 @@ FIGURES: dict[str, Callable[[], Figure]] = {
         {"align_scalar": policy_metrics()}, {"align_scalar": band(), "sft": band()}, "t"
     ),
     "paired_differences": lambda: plots.paired_differences(
-        differences("policy", "sft_best", "align_ordinal")
+        differences("sft_best", "align_ordinal")
     ),
-    "gain_by_category": lambda: plots.gain_by_category(differences("category", "a", "b"), "t"),
     "bandit_curves": lambda: plots.bandit_curves({"ema": [0.0, 0.5]}, 1.0, "t"),
 }
 

@@ -127,12 +127,11 @@ def frames() -> dict[str, pd.DataFrame]:
 
 def categories(*names: str) -> pd.DataFrame:
     rows = [
-        (policy, reward, category, value + place + 5 * (reward == "own"), n)
+        (policy, category, value + place, n)
         for place, policy in enumerate(names)
-        for reward in ("own", "judge")
         for category, value, n in (("write", 0.9, 14), ("open_qa", 0.1, 8))
     ]
-    frame = pd.DataFrame(rows, columns=["policy", "reward", "category", "value", "n"])
+    frame = pd.DataFrame(rows, columns=["policy", "category", "value", "n"])
     return frame.assign(low=frame["value"] - 0.3, high=frame["value"] + 0.2)
 
 
@@ -400,11 +399,11 @@ def test_the_length_of_an_arm_that_is_not_asked_for():
 
 
 def test_categories_side_by_side():
-    figure = policy_plots.category_figure(categories("ordinal", "scalar", "scalar_ema"), "t")
+    figure = policy_plots.category_figure(categories("ordinal", "scalar"), "t")
     (ax,) = figure.axes
     assert rows_named(ax) == ["open qa, n = 8", "write, n = 14"]
     first, second = points(ax)[:2], points(ax)[2:]
-    assert [x for x, _ in first] == [1.9, 1.1]  # scalar, by the judge
+    assert [x for x, _ in first] == [1.9, 1.1]  # scalar comes first
     assert [x for x, _ in second] == [0.9, 0.1]
     assert np.mean([first, second], axis=0)[:, 1].tolist() == [1, 0]
     faces = [line.get_markerfacecolor() for line in lines(ax)]
@@ -412,6 +411,8 @@ def test_categories_side_by_side():
     assert legend(figure) == [ARMS["scalar"].label, ARMS["ordinal"].label]
     alone = policy_plots.category_figure(categories("ordinal"), "t")
     assert legend(alone) == [ARMS["ordinal"].label]
+    own_run = policy_plots.category_figure(categories("align_scalar"), "t")
+    assert legend(own_run) == [look.NAMES["align_scalar"]]
 
 
 def test_seeds_lie_below_their_arm():
