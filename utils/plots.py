@@ -156,28 +156,23 @@ def alignment_curves(
 
 
 @style()
-def comparison_curves(
-    runs: Mapping[str, pd.DataFrame], bands: Mapping[str, pd.DataFrame] | None, title: str
-) -> Figure:
+def comparison_curves(bands: Mapping[str, pd.DataFrame], title: str) -> Figure:
     """Show the held-out reward of several policies by step, with 95% bands and SFT's level.
 
     `bands` has columns step, mean, low, high per policy; of "sft" the last row is used.
     """
-    bands = bands or {}
     fig, ax = look.panels(1, 1, 4.2, title)
-    sft = bands["sft"].iloc[-1] if "sft" in bands else {"low": 0.0, "mean": 0.0, "high": 0.0}
+    sft = bands["sft"].iloc[-1]
     ax.axhspan(sft["low"], sft["high"], color=look.GREY, alpha=0.2, lw=0)
     ax.axhline(sft["mean"], color=look.GREY, lw=2, ls="--", label=look.NAMES["sft"])
-    for place, (name, metrics) in enumerate(runs.items()):
+    for place, name in enumerate(name for name in bands if name != "sft"):
         color = look.policy_color(name, place)
-        x, y = look.measured(metrics, "eval_reward")
-        if name in bands:
-            band = bands[name].dropna(subset=["mean", "low", "high"])
-            x, y = band["step"], band["mean"]
-            ax.fill_between(x, band["low"], band["high"], color=color, alpha=0.18, lw=0)
-        ax.plot(x, y, "o-", color=color, lw=2, ms=5, label=look.NAMES.get(name, name))
+        band = bands[name].dropna(subset=["mean", "low", "high"])
+        ax.fill_between(band["step"], band["low"], band["high"], color=color, alpha=0.18, lw=0)
+        label = look.NAMES.get(name, name)
+        ax.plot(band["step"], band["mean"], "o-", color=color, lw=2, ms=5, label=label)
     ax.set(xlabel="optimiser step", ylabel=f"held-out reward, {SFT_SD}")
-    ax.legend(title="shaded: 95% interval" if bands else None, title_fontsize=8)
+    ax.legend(title="shaded: 95% interval", title_fontsize=8)
     return fig
 
 

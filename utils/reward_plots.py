@@ -16,20 +16,19 @@ from utils.plot_style import style
 KINDS = {"scalar": ("scalar", look.BLUE), "ordinal": ("ten classes", look.ORANGE)}
 SHARED = {"sharex": True, "sharey": True}
 ACCURACIES = {"accuracy": "all pairs", "model_pairs": "pairs of two samples"}
+ERROR = "\nECE {value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 @style()
 def reliability_curves(
-    curves: Mapping[str, pd.DataFrame],
-    title: str,
-    ece: Mapping[str, Mapping[str, float]] | None = None,
+    curves: Mapping[str, pd.DataFrame], title: str, ece: Mapping[str, Mapping[str, float]]
 ) -> Figure:
     """Show how often each model is right by how sure it is; on the diagonal it is calibrated.
 
     Args:
         curves: tables of `reliability` by model, a panel each.
         title: of the figure.
-        ece: expected calibration error by model, shown above its panel; not all need one.
+        ece: expected calibration error by model, shown above its panel.
     """
     columns = 2 if len(curves) == 4 else min(3, len(curves))
     rows = math.ceil(len(curves) / columns)
@@ -37,7 +36,7 @@ def reliability_curves(
     for place, (ax, (name, table)) in enumerate(zip(axes, curves.items(), strict=False)):
         ax.plot([0.5, 1], [0.5, 1], color=look.GREY, ls="--", label="calibrated")
         _dots(ax, table["confidence"], table, "accuracy", look.BLUE, upright=True)
-        ax.set_title(look.plain(name) + _error_line((ece or {}).get(name)), fontsize=9)
+        ax.set_title(look.plain(name) + ERROR.format(**ece[name]), fontsize=9)
         ax.tick_params(labelbottom=place + columns >= len(curves))
     for ax in axes[len(curves) :]:
         ax.set_visible(False)
@@ -50,33 +49,24 @@ def reliability_curves(
 
 
 @style()
-def arm_accuracies(
-    table: pd.DataFrame,
-    title: str,
-    rule: Sequence[float] | None = None,
-    columns: Mapping[str, str] = ACCURACIES,
-) -> Figure:
+def arm_accuracies(table: pd.DataFrame, title: str, rule: Sequence[float]) -> Figure:
     """Show the test accuracy of each arm with its 95% interval, a panel per set of pairs.
 
     Args:
-        table: columns `arm` and, for each of `columns`, the value and `<name>_low`, `<name>_high`;
-            with a column `kind`, the colours tell scalar from ten-class models.
+        table: columns `arm`, `kind`, and for each of `ACCURACIES` the value and `<name>_low`,
+            `<name>_high`.
         title: of the figure.
-        rule: accuracy of the best rule that reads only the text, one for each of `columns`.
-        columns: the measured columns and the titles of their panels.
+        rule: accuracy of the best rule that reads only the text, one for each of `ACCURACIES`.
     """
-    fig, *axes = look.panels(1, len(columns), 1.5 + 0.3 * len(table), title, **SHARED)
-    table = table.reset_index(drop=True)
-    kinds = table["kind"] if "kind" in table else np.full(len(table), "")
-    groups = [*table.groupby(kinds, sort=False, dropna=False)]
-    for which, (ax, (column, panel)) in enumerate(zip(axes, columns.items(), strict=True)):
+    fig, *axes = look.panels(1, len(ACCURACIES), 1.5 + 0.3 * len(table), title, **SHARED)
+    groups = [*table.reset_index(drop=True).groupby("kind", sort=False, dropna=False)]
+    text = "best rule that reads only the text"
+    for ax, best, (column, panel) in zip(axes, rule, ACCURACIES.items(), strict=True):
         ends = {column: "value", f"{column}_low": "low", f"{column}_high": "high"}
         for kind, part in groups:
             label, color = KINDS.get(kind, ("", look.BLUE))
             _dots(ax, part.index, part[[*ends]].rename(columns=ends), "value", color, label)
-        if rule is not None:
-            text = "best rule that reads only the text"
-            ax.axvline(rule[which], color=look.DARK, ls="--", lw=1.2, label=text)
+        ax.axvline(best, color=look.DARK, ls="--", lw=1.2, label=text)
         ax.set_title(panel)
         ax.set(xlabel="accuracy (line: 95% interval)", ylim=(len(table) - 0.4, -0.6))
     axes[0].set_yticks(range(len(table)), [look.plain(name) for name in table["arm"]])
@@ -89,11 +79,11 @@ def learning_curve(table: pd.DataFrame, title: str) -> Figure:
     """Show accuracy by number of training prompts with 95% intervals, a line per kind.
 
     Args:
-        table: columns `kind`, `prompts`, `value`, `low`, `high`; with a column `pairs`, which pairs
-            it is measured on, these have a panel each.
+        table: columns `kind`, `prompts`, `value`, `low`, `high`, and `pairs`, which pairs it is
+            measured on; these have a panel each.
         title: of the figure.
     """
-    groups = [*table.groupby("pairs", sort=False)] if "pairs" in table else [("", table)]
+    groups = [*table.groupby("pairs", sort=False)]
     kinds, counts = table["kind"].unique(), sorted(table["prompts"].unique())
     fig, *axes = look.panels(1, len(groups), 3.8, title, **SHARED)
     for ax, (name, rows) in zip(axes, groups, strict=True):
@@ -114,9 +104,7 @@ def learning_curve(table: pd.DataFrame, title: str) -> Figure:
 
 
 @style()
-def share_bars(
-    table: pd.DataFrame, label: str, title: str, xlabel: str, target: str | float | None = None
-) -> Figure:
+def share_bars(table: pd.DataFrame, label: str, title: str, xlabel: str) -> Figure:
     """Show shares with 95% intervals, a row for each `label`; half is a dashed line.
 
     Args:
@@ -124,7 +112,6 @@ def share_bars(
         label: the column that names the rows.
         title: of the figure.
         xlabel: what is shared.
-        target: what the share should be, drawn as a black tick: a column, or one value for all.
     """
     names = [*dict.fromkeys(table[label])]
     series = [*table.groupby("series", sort=False)] if "series" in table else [("", table)]
@@ -134,11 +121,6 @@ def share_bars(
     for place, (name, part) in enumerate(series):
         y = pd.Index(names).get_indexer(part[label]) + 0.7 * (place + 0.5) / len(series) - 0.35
         _dots(ax, y, part, "value", look.policy_color("", place), look.plain(name))
-        if target is not None:
-            x = part[target] if isinstance(target, str) else np.full(len(part), target)
-            ax.plot(x, y, "|", ms=11, mew=2.2, color="black", zorder=2)
-    if target is not None:
-        ax.lines[-1].set_label("target")
     ax.set_yticks(range(len(names)), [look.plain(name) for name in names])
     ax.set(xlabel=f"{xlabel} (line: 95% interval)", ylim=(len(names) - 0.4, -0.6))
     look.legend_below(fig, ax)
@@ -179,7 +161,3 @@ def _dots(
     ends(np.asarray(at)[known], table["low"][known], table["high"][known], color=color, lw=2)
     x, y = (at, table[value]) if upright else (table[value], at)
     ax.plot(x, y, "o", ms=6, color=color, label=label or None, zorder=3)
-
-
-def _error_line(ece: Mapping[str, float] | None) -> str:
-    return "" if ece is None else "\nECE {value:.3f} [{low:.3f}, {high:.3f}]".format(**ece)

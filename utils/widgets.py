@@ -58,12 +58,11 @@ class LiveView:
     Attributes:
         title: of the run.
         steps: how many there will be.
-        sft_reward: the SFT policy's mean reward, a line in the figure.
         box: the widgets, from the first step on; None in the text view.
     """
 
-    def __init__(self, title: str, steps: int, sft_reward: float = 0.0) -> None:
-        self.title, self.steps, self.sft_reward = title, steps, sft_reward
+    def __init__(self, title: str, steps: int) -> None:
+        self.title, self.steps = title, steps
         self.box: Any = None
         self._rows: list[dict[str, Any]] = []
         self._taken: list[float] = []
@@ -119,7 +118,7 @@ class LiveView:
                 ax.tick_params(labelsize=8)
             reward = fig.axes[0]
             reward.plot(*measured(frame, "baseline"), color=DARK, lw=1, label="baseline")
-            reward.axhline(self.sft_reward, color=GREY, ls="--", label="SFT")
+            reward.axhline(0, color=GREY, ls="--", label="SFT")
             reward.legend(fontsize=7)
         return fig
 

@@ -81,7 +81,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "rating_distributions": lambda: plots.rating_distributions({"a": np.full(10, 0.1)}, "t"),
     "alignment_curves": lambda: plots.alignment_curves(policy_metrics(), "t", {"entropy": 1.9}),
     "comparison_curves": lambda: plots.comparison_curves(
-        {"align_scalar": policy_metrics()}, {"align_scalar": band(), "sft": band()}, "t"
+        {"align_scalar": band(), "sft": band()}, "t"
     ),
     "paired_differences": lambda: plots.paired_differences(
         differences("sft_best", "align_ordinal")

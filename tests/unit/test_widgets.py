@@ -97,7 +97,7 @@ def test_live_view_updates_its_widgets(
     shown: list[Any] = []
     monkeypatch.setattr(widgets, "is_live", lambda: True)
     monkeypatch.setattr(widgets, "display", shown.append)
-    view = widgets.LiveView("demo", 24, sft_reward=0.1)
+    view = widgets.LiveView("demo", 24)
     for step in (1, 2, 3):
         view(row(step), PROMPTS, ROLLOUT, REWARDS)
     assert shown == [view.box]
