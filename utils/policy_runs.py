@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from utils.results import ResultsError, Run, read_json, read_jsonl
-from utils.reward_runs import PROFILE
+from utils.results import ResultsError, Run, read_jsonl
+from utils.reward_runs import PROFILE, finished_run
 
 Frames = Mapping[str, pd.DataFrame]
 BASE, POOL = "sft", "sft_pool"  # what all are compared with; many SFT samples per prompt
@@ -40,7 +40,7 @@ def policy_frames(results: Path) -> dict[str, pd.DataFrame]:
             f"{BASE}, which `python -m utils.policy_study tests` makes"
         )
     names = [BASE, *(name for name in paths if name != BASE)]
-    runs = {name: _finished(paths[name]) for name in names}
+    runs = {name: finished_run(paths[name]) for name in names}
     frames = {name: _rows(run) for name, run in runs.items()}
     prompts = frames[BASE][_PROMPT].drop_duplicates(ignore_index=True)
     for name, frame in frames.items():
@@ -155,13 +155,7 @@ def frontier_table(results: Path) -> pd.DataFrame:
     pattern = re.compile(rf"{PROFILE}-align_(.+)_s(\d+)")
     found = {(m[1], int(m[2])): p for p in results.glob("*") if (m := pattern.fullmatch(p.name))}
     for (arm, seed), path in sorted(found.items()):
-        run = _finished(path)
-        if run.info["seed"] != seed:
-            raise ResultsError(
-                f"{path.name} was trained with seed {run.info['seed']}: name its folder after that "
-                f"seed, or publish the run with seed {seed}"
-            )
-        metrics = run.metrics()
+        metrics = finished_run(path, seed).metrics()
         if "eval_judge" not in metrics:
             raise ResultsError(
                 f"{path.name} was not evaluated by the judge while it was trained: train it again "
@@ -219,16 +213,6 @@ _HELD_OUT = {
 }
 _FRONTIER = ["arm", "seed", "step", "kl", "sqrt_kl", "reward", "reward_low", "reward_high"]
 _FRONTIER += ["judge", "length"]
-
-
-def _finished(path: Path) -> Run:
-    info = read_json(path / "run.json")
-    if info["status"] != "finished":
-        raise ResultsError(
-            f"{path.name} is not finished, its status is {info['status']!r}: let it finish and "
-            "publish it again, or remove its folder"
-        )
-    return Run(path, info["config"], info["seed"], info["data_fingerprint"])
 
 
 def _rows(run: Run) -> pd.DataFrame:

@@ -21,6 +21,26 @@ PROFILE = "cpu"  # the profile that the arms vary
 _rows: dict[Path, tuple[int, tuple[Pair, ...], pd.DataFrame]] = {}
 
 
+def finished_run(path: Path, seed: int | None = None) -> Run:
+    """Return the published run in a folder.
+
+    Raises:
+        ResultsError: if it is not finished, or has another seed than `seed`, that of its name.
+    """
+    info = read_json(path / "run.json")
+    if info["status"] != "finished":
+        raise ResultsError(
+            f"{path.name} is not finished, its status is {info['status']!r}: let it finish and "
+            "publish it again, or remove its folder"
+        )
+    if seed not in (None, info["seed"]):
+        raise ResultsError(
+            f"{path.name} was trained with seed {info['seed']}: name its folder after that "
+            f"seed, or publish the run with seed {seed}"
+        )
+    return Run(path, info["config"], info["seed"], info["data_fingerprint"])
+
+
 def study_runs(results: Path, arm: str) -> list[Run]:
     """Return an arm's runs, the folders `cpu-rm_<arm>_s<seed>`, by seed; empty if it has none.
 
@@ -29,21 +49,7 @@ def study_runs(results: Path, arm: str) -> list[Run]:
     """
     name = re.compile(rf"{PROFILE}-rm_{re.escape(arm)}_s(\d+)")
     found = {int(m[1]): path for path in results.glob("*") if (m := name.fullmatch(path.name))}
-    runs = []
-    for seed, path in sorted(found.items()):
-        info = read_json(path / "run.json")
-        if info["status"] != "finished":
-            raise ResultsError(
-                f"{path.name} is not finished, its status is {info['status']!r}: let it finish and "
-                "publish it again, or remove its folder"
-            )
-        if info["seed"] != seed:
-            raise ResultsError(
-                f"{path.name} was trained with seed {info['seed']}: name its folder after that "
-                f"seed, or publish the run with seed {seed}"
-            )
-        runs.append(Run(path, info["config"], seed, info["data_fingerprint"]))
-    return runs
+    return [finished_run(path, seed) for seed, path in sorted(found.items())]
 
 
 def study_arms(
