@@ -24,13 +24,10 @@ from utils.rewards import reward_from_logits
 
 Row = Mapping[str, Any]  # of a run's samples.jsonl
 Criterion = Callable[[Sequence[Row], Tensor], Tensor]  # of the rows and their logits
-SCALAR_CRITERIA: dict[str, Criterion] = {
+CRITERIA: dict[str, Criterion] = {
     "mean": lambda rows, logits: reward_from_logits(logits),
     "random": lambda rows, logits: torch.zeros(len(rows)),
     "best": lambda rows, _: torch.tensor([row["rating"] for row in rows], dtype=torch.float64),
-}
-CRITERIA: dict[str, Criterion] = {
-    **SCALAR_CRITERIA,
     "quantile_25": lambda rows, logits: rating_quantile(logits, 0.25),
     "quantile_10": lambda rows, logits: rating_quantile(logits, 0.10),
     "mean_minus_half_spread": lambda _, z: expected_rating(z) - 0.5 * rating_spread(z),
@@ -132,22 +129,20 @@ def error_predictors(rows: Sequence[Row], pairs: pd.DataFrame, samples: int) -> 
     return pd.DataFrame(table)
 
 
-def pick_of_n(
-    rows: Sequence[Row], groups: Sequence[Group], criteria: Sequence[str], samples: int
-) -> pd.DataFrame:
-    """Pick one sample of each group by each criterion, and see how the picks were rated.
+def pick_of_n(rows: Sequence[Row], groups: Sequence[Group], samples: int) -> pd.DataFrame:
+    """Pick one sample of each group by each of `CRITERIA`, and see how the picks were rated.
 
     Candidates are a group's responses but the reference; groups whose candidates all have the same
     rating are left out. Responses tied for the highest score count in equal parts.
 
+    The criteria are `mean`, the reward; `random`, a tie of all, so its exact expectation; `best`,
+    the given rating; `quantile_..`, see `rating_quantile`; `mean_minus_..`; and `beats_sft`,
+    P(rated higher than an SFT sample), a tie half: than those at the training temperature in the
+    prompt's other batch or, without any, of all other prompts, averaged.
+
     Args:
-        rows: a run's `samples.jsonl`.
+        rows: a ten-class run's `samples.jsonl`.
         groups: the test groups that the run was scored on.
-        criteria: `mean`, the reward; `quantile_..`, see `rating_quantile`; `mean_minus_..`;
-            `beats_sft`, P(rated higher than an SFT sample), a tie half: than those at the training
-            temperature in the prompt's other batch or, without any, of all other prompts, averaged;
-            `random`, a tie of all, so its exact expectation; `best`, the given rating. Of a scalar
-            run those that need a distribution are passed over.
         samples: bootstrap resamples.
 
     Returns:
@@ -156,23 +151,18 @@ def pick_of_n(
         `top_high`; `difference`, in rating to the pick by the mean of the same group, with `low`
         and `high`; and `n` groups.
     """
-    if unknown := set(criteria) - set(CRITERIA):
-        raise ValueError(
-            f"unknown criteria {sorted(unknown)}, expected some of {', '.join(CRITERIA)}"
-        )
     logits = torch.tensor([row["logits"] for row in rows])
-    usable = CRITERIA if logits.shape[1] == CLASSES else SCALAR_CRITERIA
-    candidates, ratings = _candidates(rows, groups), usable["best"](rows, logits).numpy()
+    candidates, ratings = _candidates(rows, groups), CRITERIA["best"](rows, logits).numpy()
     prompts = [rows[indices[0]]["prompt_id"] for indices in candidates]
 
     def picked(name: str) -> np.ndarray:
-        scores = usable[name](rows, logits).numpy()
+        scores = CRITERIA[name](rows, logits).numpy()
         if np.isnan(scores[np.concatenate(candidates)]).any():
             raise ValueError(f"{name} is NaN; beats_sft needs samples at the training temperature")
         return np.array([_pick(scores[indices], ratings[indices]) for indices in candidates]).T
 
     table, by_mean = [], picked("mean")[0]
-    for name in (name for name in criteria if name in usable):
+    for name in CRITERIA:
         rating, top = picked(name)
         row: dict[str, Any] = {"criterion": name}
         for column, values in {"rating": rating, "top": top, "": rating - by_mean}.items():

@@ -17,7 +17,6 @@ from utils.evaluation import clustered_interval, percentile_interval
 from utils.losses import CLASSES, expected_rating
 from utils.ranking import (
     CRITERIA,
-    SCALAR_CRITERIA,
     auc_draws,
     doubt_scores,
     error_predictors,
@@ -303,10 +302,11 @@ def group_of(prompt, entries, batch=1):
     return Group(prompt, "test", None, TURNS, responses, batch), rows
 
 
-def picks(groups, criteria=CRITERIA, samples=50):
+def picks(groups, samples=50):
+    """Pick from the groups; another prompt's sample is what `beats_sft` compares with."""
+    groups = [*groups, group_of("rival", [(1.0, UNIFORM, "model", 0.7)])]
     rows = [row for _, own in groups for row in own]
-    table = pick_of_n(rows, [group for group, _ in groups], list(criteria), samples)
-    return table.set_index("criterion")
+    return pick_of_n(rows, [group for group, _ in groups], samples).set_index("criterion")
 
 
 GAMBLE = given_p(r1=0.35, r10=0.65)  # mean 6.85, spread 4.29, 25%: 1.21, 10%: 0.79
@@ -329,7 +329,7 @@ RATED = {"gamble": (2.0, GAMBLE), "likely": (7.0, LIKELY), "sure": (3.0, SURE)}
 def test_each_criterion_picks_by_hand(criterion, pick):
     best = (10.0, point(10), "reference", None)
     sft = group_of("p0", [(1.0, point(5), "model", 0.7)], batch=2)
-    found = picks([group_of("p0", [*RATED.values(), best]), sft], [criterion])
+    found = picks([group_of("p0", [*RATED.values(), best]), sft])
     row, rating = found.loc[criterion], RATED[pick][0]
     assert row["rating"] == rating, f"expected the {pick} one"
     assert row["top"] == (rating == 7), "the reference is no candidate"
@@ -338,8 +338,7 @@ def test_each_criterion_picks_by_hand(criterion, pick):
 
 
 def test_random_and_best_are_exact():
-    found = picks([group_of("p0", RATED.values())], ["best", "random"])
-    assert found.index.tolist() == ["best", "random"], "in the order asked for"
+    found = picks([group_of("p0", RATED.values())])
     assert found.loc["best", ["rating", "top", "difference"]].tolist() == [7, 1, 5]
     assert found.loc["random", ["rating", "top", "difference"]].tolist() == pytest.approx(
         [4, 1 / 3, 2]
@@ -402,25 +401,26 @@ def test_an_oracle_distribution_picks_the_best_by_every_criterion():
     turned = [
         (group, [{**row, "logits": row["logits"][::-1]} for row in rows]) for group, rows in groups
     ]
-    assert picks(turned, ["mean"]).loc["mean", "top"] == 0, "the worst is taken for the best"
+    assert picks(turned).loc["mean", "top"] == 0, "the worst is taken for the best"
 
 
 def test_groups_in_which_all_samples_tie_are_left_out():
     tied = group_of("p1", [(1.0, SURE), (1.0, GAMBLE), (9.0, point(9), "reference", None)])
-    found = picks([group_of("p0", RATED.values()), tied], ["mean"])
+    found = picks([group_of("p0", RATED.values()), tied])
     assert found.loc["mean", ["n", "rating"]].tolist() == [1, 2]
     with pytest.raises(ValueError, match="no group of differently rated samples"):
-        picks([tied], ["mean"])
+        picks([tied])
 
 
 def test_ties_of_the_criterion_are_averaged():
     entries = [(1.0, SURE), (6.0, SURE), (8.0, point(4))]
-    found = picks([group_of("p0", entries)], ["mean", "quantile_10"])
+    found = picks([group_of("p0", entries)]).loc[["mean", "quantile_10"]]
     assert found["rating"].tolist() == [3.5, 3.5], "the first of two equals was taken"
     assert found["top"].tolist() == [0, 0]
-    half = picks([group_of("p0", [(1.0, [3.0]), (6.0, [3.000004])])], ["mean"]).loc["mean"]
+    means = [given_p(r3=0.5 - more, r4=0.5 + more) for more in (0, 4e-6, 1e-4)]
+    half = picks([group_of("p0", [(1.0, means[0]), (6.0, means[1])])]).loc["mean"]
     assert half[["rating", "top"]].tolist() == [3.5, 0.5], "the last decimal is rounding"
-    clear = picks([group_of("p0", [(1.0, [3.0]), (6.0, [3.0001])])], ["mean"]).loc["mean"]
+    clear = picks([group_of("p0", [(1.0, means[0]), (6.0, means[2])])]).loc["mean"]
     assert clear[["rating", "top"]].tolist() == [6, 1]
 
 
@@ -429,7 +429,7 @@ def test_copies_of_a_response_are_candidates_of_their_own():
     group, rows = group_of("p0", [(6.0, SURE), (6.0, SURE), (3.0, LIKELY)])
     copy = group.responses[0]
     group = Group("p0", "test", None, TURNS, (copy, copy, group.responses[2]))
-    found = picks([(group, [rows[0], rows[2]])], ["random"])
+    found = picks([(group, [rows[0], rows[2]])])
     assert found.loc["random", "rating"] == 5
 
 
@@ -458,7 +458,7 @@ def test_the_intervals_are_over_prompts_and_the_difference_is_paired():
             by_mean.append(ratings[2])
             by_chance.append(np.mean(ratings))
     prompts = names(40, 3)
-    row = picks(groups, ["random"], 400).loc["random"]
+    row = picks(groups, 400).loc["random"]
     rating = clustered_interval(by_chance, prompts, 400)
     paired = clustered_interval(np.subtract(by_chance, by_mean), prompts, 400)
     assert row[["rating", "rating_low", "rating_high"]].tolist() == pytest.approx(
@@ -470,32 +470,22 @@ def test_the_intervals_are_over_prompts_and_the_difference_is_paired():
     assert row["n"] == 120
 
 
-def test_a_scalar_run_has_the_criteria_that_need_no_distribution():
-    entries = [(rating, [reward]) for rating, reward in ((1.0, -2.0), (5.0, 3.0), (9.0, 0.5))]
-    found = picks([group_of("p0", entries)])
-    assert found.index.tolist() == list(SCALAR_CRITERIA)
-    assert found.loc["mean", "rating"] == 5
-
-
 def test_what_cannot_be_picked_is_refused():
     group, rows = group_of("p0", RATED.values())
-    with pytest.raises(ValueError, match=r"unknown criteria \['median'\], expected .*beats_sft"):
-        pick_of_n(rows, [group], ["median"], 10)
     with pytest.raises(ValueError, match="not scored; pass the test groups"):
-        pick_of_n(rows[:2], [group], ["mean"], 10)
+        pick_of_n(rows[:2], [group], 10)
     with pytest.raises(ValueError, match="not scored; pass the test groups"):
-        pick_of_n([{**row, "response": "other data"} for row in rows], [group], ["mean"], 10)
+        pick_of_n([{**row, "response": "other data"} for row in rows], [group], 10)
     with pytest.raises(ValueError, match="beats_sft needs samples at the training"):
-        pick_of_n(rows, [group], ["beats_sft"], 10)
+        pick_of_n(rows, [group], 10)
 
 
 def test_rows_and_pairs_as_a_run_writes_them(tmp_path):
     """From `scored_responses` through `pair_metrics`, with a text that occurs in both batches."""
     texts = [("good", 8.0), ("fair", 5.0), ("poor", 1.0)]
+    responses = tuple(Response(*text, source="m", temperature=0.7) for text in texts)
     groups = [
-        Group(f"p{i}", "test", None, TURNS, tuple(Response(*t, source="m") for t in texts), batch)
-        for i in range(3)
-        for batch in (1, 2)
+        Group(f"p{i}", "test", None, TURNS, responses, batch) for i in range(3) for batch in (1, 2)
     ]
     pairs = [
         Pair(group, group.responses[i], group.responses[j])
@@ -510,5 +500,5 @@ def test_rows_and_pairs_as_a_run_writes_them(tmp_path):
     table = error_predictors(rows, frame, 20).set_index(["pairs", "predictor"])
     assert table.loc[("between samples", "gap"), ["n", "wrong"]].tolist() == [18, 6]
     assert table.loc[("all", "spread"), "auc"] == 1
-    picked = pick_of_n(rows, groups, ["mean", "quantile_25"], 20)
+    picked = pick_of_n(rows, groups, 20).set_index("criterion").loc[["mean", "quantile_25"]]
     assert picked[["rating", "n"]].to_numpy().tolist() == [[5, 6], [8, 6]]
