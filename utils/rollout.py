@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from utils.logprobs import token_logprobs
@@ -199,7 +200,12 @@ def _decode(
     """Decode one batch with a key-value cache; rows that have ended leave the batch."""
     body, head = _parts(model)
     where = device()
-    ids, padding = _pad_left(prompts, tokenizer.pad_token_id)
+    real = [torch.tensor(prompt) for prompt in prompts]
+    ids = pad_sequence(
+        real, batch_first=True, padding_value=tokenizer.pad_token_id, padding_side="left"
+    )
+    ones = [torch.ones_like(row) for row in real]
+    padding = pad_sequence(ones, batch_first=True, padding_side="left")
     position = (padding.cumsum(-1) - 1).clamp_min(0).to(where)
     cache = DynamicCache(config=model.get_base_model().config)
     out = body(
@@ -236,13 +242,3 @@ def _decode(
             use_cache=True,
         )
     return completions
-
-
-def _pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids[index, width - len(row) :] = torch.tensor(list(row))
-        mask[index, width - len(row) :] = 1
-    return ids, mask

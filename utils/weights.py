@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -129,11 +130,8 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int, multiple: int = 32) -> Te
     Right padding needs no attention mask in a causal model, since no real token ever sees a pad;
     without one, attention takes its fast path. The time is rounded up to bound the shapes.
     """
-    width = -(-max(map(len, rows)) // multiple) * multiple
-    padded = torch.full((len(rows), width), pad, dtype=torch.long)
-    for index, row in enumerate(rows):
-        padded[index, : len(row)] = torch.tensor(row, dtype=torch.long)
-    return padded
+    padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad)
+    return nn.functional.pad(padded, (0, -padded.shape[1] % multiple), value=pad)
 
 
 def _read(auto_class: Any, config: ModelConfig) -> Any:
