@@ -43,13 +43,12 @@ FREE_CATEGORIES = {"advice", "brainstorm", "creative", "how_to"}
 
 @dataclass(frozen=True)
 class ProbePair:
-    """Two answers to a prompt, of which it is known by construction which one is better."""
+    """Two answers to a prompt: by construction it is known which is better, and it is finished."""
 
     probe: str
     prompt_id: str
     messages: tuple[Message, ...]
     better: str
-    better_finished: bool
     worse: str
     worse_finished: bool
 
@@ -86,7 +85,7 @@ def probe_pairs(data: PreferenceData, split: str, seed: int = 0) -> list[ProbePa
         for sample in good[group.prompt_id]:
             found.append(("repeated_sample", sample, repeat_end(sample), True))
         pairs += [
-            ProbePair(probe, group.prompt_id, group.prompt, better, True, worse, finished)
+            ProbePair(probe, group.prompt_id, group.prompt, better, worse, finished)
             for probe, better, worse, finished in found
             if (better, True) != (worse, finished)
         ]
@@ -111,7 +110,7 @@ def run_probes(score: Score, pairs: Sequence[ProbePair], samples: int) -> pd.Dat
         return pd.DataFrame(columns=columns)
     texts = {}
     for p in pairs:
-        texts[p.prompt_id, p.better, p.better_finished] = p.messages
+        texts[p.prompt_id, p.better, True] = p.messages
         texts[p.prompt_id, p.worse, p.worse_finished] = p.messages
     _, responses, finished = zip(*texts, strict=True)
     rewards = np.asarray(score(list(texts.values()), responses, finished), dtype=float)
@@ -124,8 +123,7 @@ def run_probes(score: Score, pairs: Sequence[ProbePair], samples: int) -> pd.Dat
             continue
         gap = np.array(
             [
-                reward[p.prompt_id, p.better, p.better_finished]
-                - reward[p.prompt_id, p.worse, p.worse_finished]
+                reward[p.prompt_id, p.better, True] - reward[p.prompt_id, p.worse, p.worse_finished]
                 for p in own
             ]
         )

@@ -34,7 +34,6 @@ class BagOfWords:
 
     vectorizer: TfidfVectorizer
     weights: np.ndarray
-    c: float  # the inverse strength of the regularisation that was chosen
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
         """Return a score for each text; the difference of two is the log-odds of the first."""
@@ -76,7 +75,7 @@ def bag_of_words(train_pairs: Sequence[Pair], validation_pairs: Sequence[Pair]) 
     def fitted(c: float) -> BagOfWords:
         # The default tolerance stops early, which regularises further, and not by C alone.
         model = LogisticRegression(C=c, fit_intercept=False, tol=1e-8, max_iter=1000)
-        return BagOfWords(vectorizer, model.fit(features, first_wins).coef_[0], c)
+        return BagOfWords(vectorizer, model.fit(features, first_wins).coef_[0])
 
     return max(map(fitted, STRENGTHS), key=lambda bag: rule_accuracy(validation_pairs, bag)[0])
 

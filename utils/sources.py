@@ -55,11 +55,6 @@ class Pair:
     rejected: Response
 
     @property
-    def rating_gap(self) -> float:
-        """Rating of the chosen response less that of the rejected one, in rating points."""
-        return self.chosen.rating - self.rejected.rating
-
-    @property
     def prompt_id(self) -> str:
         """Id of the prompt that both responses answer."""
         return self.group.prompt_id

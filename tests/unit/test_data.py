@@ -98,7 +98,7 @@ def test_embedded_pairs(embedded, split, total, between):
     pairs = embedded.pairs(split)
     assert len(pairs) == total
     assert sum(pair.between_samples for pair in pairs) == between
-    assert all(pair.rating_gap > 0 for pair in pairs)
+    assert all(pair.chosen.rating > pair.rejected.rating for pair in pairs)
     assert all(pair.prompt_id == pair.group.prompt_id for pair in pairs)
 
 
@@ -258,7 +258,8 @@ def test_ratings_are_mapped_to_the_scale_of_the_classes(tmp_path):
     found = load_rows(tmp_path, [row], **scale).groups[0].responses
     assert [r.rating for r in found] == pytest.approx([1, 10, 5.5, 6.85])
     pair = pair_row(chosen_rating=4, rejected_rating=0, split="train")
-    assert load_rows(tmp_path, [pair], **scale).pairs("train")[0].rating_gap == 9
+    (pair,) = load_rows(tmp_path, [pair], **scale).pairs("train")
+    assert (pair.chosen.rating, pair.rejected.rating) == (10, 1)
     odd = list_row(ratings=(2.9, 4.7, 4.8, 8.4))
     kept = [r.rating for r in load_rows(tmp_path, [odd]).groups[0].responses]
     assert kept == [2.9, 4.7, 4.8, 8.4], "to the last bit where the scale is the same"

@@ -201,7 +201,6 @@ def test_each_probe_by_hand():
     text = "Answer 2 is in the town of Bergen."
     for probe, p in pairs.items():
         assert p.messages == ({"role": "user", "content": "question 2?"},)
-        assert p.better_finished, probe
         assert p.better == ("Well 2. Said so." if probe == "repeated_sample" else text), probe
         assert p.worse_finished == (probe != "cut_half"), probe
     worse = {probe: p.worse for probe, p in pairs.items()}
