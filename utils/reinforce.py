@@ -18,6 +18,7 @@ from utils.config import ReinforceConfig
 from utils.data import Prompt
 from utils.distributed import own_rows, processes
 from utils.estimator import Baseline
+from utils.glossary import GLOSSARY
 from utils.results import Run
 from utils.rollout import Rollout, sample, sampling_noise
 from utils.step_metrics import measure_step
@@ -27,6 +28,8 @@ from utils.weights import encode_prompt
 RewardFunction = Callable[[Sequence[Prompt], Rollout], Tensor]  # -> rewards, shape (rows,)
 Evaluate = Callable[[], dict[str, float | None]]
 Monitor = Callable[[dict[str, Any], Sequence[Prompt], Rollout, Tensor], None]
+# The columns of metrics.csv: the glossary without those of a reward model's training.
+EMPTY: dict[str, Any] = dict.fromkeys(n for n in GLOSSARY if n not in ("accuracy", "reward_gap"))
 
 
 class TrainingStopped(RuntimeError):
@@ -97,7 +100,7 @@ def train_policy(
         objective = measured.objective(config.beta)
         base = baseline.value(objective)
         rate = config.learning_rate * min(1.0, step / config.warmup_steps)
-        row = _row() | {"step": step, "learning_rate": rate} | measured.metrics(objective, base)
+        row = EMPTY | {"step": step, "learning_rate": rate} | measured.metrics(objective, base)
         _check(row, config, run)
         row |= update.step(rollout, (objective - base)[list(own)], len(batch), rate)
         _check(row, config, run)
@@ -132,7 +135,7 @@ def _open(
     if processes().is_main_process:
         run.rewind(done or -1)
         if not done:
-            run.log({**_row(), "step": 0, **evaluate()})
+            run.log({**EMPTY, "step": 0, **evaluate()})
             if config.kl_budget is not None:  # what the first evaluation may go back to
                 save_checkpoint(run.directory, 0, policy, optimizer, baseline)
     return done
@@ -152,16 +155,6 @@ def _saves(step: int, config: ReinforceConfig) -> bool:
     if config.kl_budget is not None:
         return _evaluates(step, config)
     return step % config.save_steps == 0 or step == config.steps
-
-
-def _row() -> dict[str, float | None]:
-    names = (
-        "step loss learning_rate grad_norm reward reward_std kl objective baseline advantage_std "
-        "entropy completions/mean_length completions/clipped_ratio completions/distinct_2 "
-        "eval_reward eval_reward_low eval_reward_high eval_kl eval_mean_length eval_finished "
-        "eval_distinct_2 eval_judge seconds"
-    )
-    return dict.fromkeys(names.split())
 
 
 def _rollout(

@@ -7,7 +7,7 @@ how far the seeds lie apart is a column of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from utils.calibration import expected_calibration_error
 from utils.data import load_data
 from utils.evaluation import clustered_interval
 from utils.losses import bradley_terry_loss, rating_pair_loss
+from utils.policy_stats import named
 from utils.profiles import PROFILES
 from utils.results import ResultsError, Run, read_jsonl
 from utils.reward_runs import PROFILE, pair_frame, seed_frames, study_arms, study_runs
@@ -188,7 +189,7 @@ def _accuracy_row(
         **_interval("nll", frame, "nll", samples),
         **_interval("nll_untied", frame, "nll_untied", samples),
         "nll_constant": _constant_loss(kind),
-        **_named("ece", errors.mean()),
+        **named("ece", errors.mean()),
         "minutes": _minutes(runs),
     }
 
@@ -231,11 +232,7 @@ def _accuracies(frame: pd.DataFrame, samples: int) -> dict[str, float]:
 
 
 def _interval(name: str, frame: pd.DataFrame, column: str, samples: int) -> dict[str, float]:
-    return _named(name, clustered_interval(frame[column], frame["prompt_id"], samples))
-
-
-def _named(name: str, found: Mapping[str, float]) -> dict[str, float]:
-    return {name: found["value"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
+    return named(name, clustered_interval(frame[column], frame["prompt_id"], samples))
 
 
 def _constant_loss(kind: str) -> float:
