@@ -95,13 +95,13 @@ class ReportClient(NotebookClient):
 
 
 def kernel_peak_gb(pid: int) -> float:
-    """Return the peak memory of a process in GB (on systems that keep no peak: its memory now)."""
+    """Return the peak memory of a process in GB (10^9 bytes); its memory now if no peak is kept."""
     with contextlib.suppress(OSError):
         peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-        return int(peak[1]) / 1024**2 if peak else 0.0
+        return int(peak[1]) * 1024 / 1e9 if peak else 0.0
     with contextlib.suppress(psutil.Error):
         memory = psutil.Process(pid).memory_info()
-        return getattr(memory, "peak_wset", memory.rss) / 1024**3
+        return getattr(memory, "peak_wset", memory.rss) / 1e9
     return 0.0
 
 
