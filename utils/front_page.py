@@ -15,7 +15,6 @@ PROFILE = "quick"  # the profile whose published runs are summarised
 KINDS = ("scalar", "ordinal")
 # Arms of the README's table.
 HEADLINE = ("margin", "pairwise", "anchored", "plackett_luce", "margin_light", "pairwise_light")
-ENDS = ("", "_low", "_high")
 POLICIES = {
     "sft": "SFT, 4 bits (where both policies start)",
     "sft_best": "SFT at its best temperature",
@@ -174,9 +173,9 @@ def _references(results: Path) -> list[str]:
     if not path.exists():
         return []
     lines = ["", "The references teach a shortcut; on the same pairs and seeds,", ""]
-    for row in pd.read_csv(path).to_dict("records"):
+    for _, row in pd.read_csv(path).iterrows():
         between, everything = (
-            "{:+.3f} [{:+.3f}, {:+.3f}]".format(*(row[f"{column}{end}"] for end in ENDS))
+            "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**named_interval(row, column))
             for column in ("model_pairs", "accuracy")
         )
         lines.append(
