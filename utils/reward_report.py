@@ -22,14 +22,10 @@ from utils.losses import bradley_terry_loss, rating_pair_loss
 from utils.policy_stats import named
 from utils.profiles import PROFILES
 from utils.results import ResultsError, Run, read_jsonl
-from utils.reward_runs import PROFILE, pair_frame, seed_frames, study_arms, study_runs
+from utils.reward_runs import PROFILE, pair_frame, seed_frames, study_arms
 from utils.rewards import KINDS
 from utils.sources import Pair
 from utils.study import ARMS
-
-# What is used of this module; some of it lives in utils.reward_runs.
-__all__ = ["accuracy_table", "category_table", "difference_table", "ensemble_accuracy"]
-__all__ += ["learning_curve_table", "pair_frame", "study_runs", "versus_rules"]
 
 CURVES = ("margin", "pairwise")  # arms that were also trained on a share of the prompts
 SHARES = ("_10", "_25", "_50", "")  # in percent; without a suffix, all

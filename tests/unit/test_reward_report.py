@@ -17,10 +17,9 @@ from utils.reward_report import (
     difference_table,
     ensemble_accuracy,
     learning_curve_table,
-    pair_frame,
-    study_runs,
     versus_rules,
 )
+from utils.reward_runs import pair_frame, study_runs
 from utils.rewards import KINDS
 from utils.sources import Group, PreferenceData, Response
 
