@@ -40,6 +40,7 @@ SETTINGS: dict[str, Any] = {
     "reinforce.eval_steps": 8,
     "reinforce.learning_rate": 3e-4,
     "reinforce.beta": 0.1,
+    "reinforce.kl_budget": 10.0,
 }
 ARMS: dict[str, PolicyArm] = {
     "scalar": PolicyArm("scalar", "scalar reward", seeds=SEEDS),
@@ -56,7 +57,8 @@ ARMS: dict[str, PolicyArm] = {
 # Tried on the scalar reward and judged on validation prompts, before any policy is trained.
 TRIALS: dict[str, dict[str, Any]] = {
     "lr3e-4_beta0.05": {"reinforce.learning_rate": 3e-4, "reinforce.beta": 0.05},
-    "lr3e-4_beta0.1": {"reinforce.learning_rate": 3e-4, "reinforce.beta": 0.1},
+    "lr6e-4_beta0.05": {"reinforce.learning_rate": 6e-4, "reinforce.beta": 0.05},
+    "lr6e-4_beta0.1": {"reinforce.learning_rate": 6e-4, "reinforce.beta": 0.1},
     "lr1e-3_beta0.1": {"reinforce.learning_rate": 1e-3, "reinforce.beta": 0.1},
 }
 
@@ -67,6 +69,9 @@ def policy_profile(arm: str, seed: int) -> Profile:
 
 
 def trial_profile(name: str) -> Profile:
-    """Return the profile of a trial: half the steps, and its own settings."""
-    half = {"reinforce.steps": SETTINGS["reinforce.steps"] // 2}
-    return with_fields(PROFILES["cpu"], {**SETTINGS, **half, **TRIALS[name]})
+    """Return the profile of a trial: half the steps, its own settings, and no end at a KL.
+
+    What a setting does beyond the budget is part of what a trial is to tell.
+    """
+    trial = {"reinforce.steps": SETTINGS["reinforce.steps"] // 2, "reinforce.kl_budget": None}
+    return with_fields(PROFILES["cpu"], {**SETTINGS, **trial, **TRIALS[name]})

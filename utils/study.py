@@ -75,7 +75,7 @@ ARMS: dict[str, Arm] = {
     "bits16": Arm("scalar", "with margin, LoRA on 16 bits", BITS16),
     "full_tuning": Arm(
         "scalar",
-        "with margin, all weights, 16 bits",
+        "with margin, full tuning, 16 bits",
         {**BITS16, "reward.lora_r": 0, "reward.learning_rate": 3e-5, "reward.save_steps": 1000},
     ),
     "trl": Arm("scalar", "with margin, trl.RewardTrainer", {"reward.trainer": "pairs"}),
