@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 
 from utils.evaluation import percentile_interval
+from utils.intervals import named
 from utils.policy_runs import BASE, JUDGE, POOL, Frames, frame_of, policies_of, rewards_of, seeds_of
 from utils.policy_stats import (
     crossed_interval,
     crossed_sums,
     mean_or_nan,
-    named,
     paired_gains,
     prompt_means,
 )

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from utils.evaluation import distinct_n
+from utils.intervals import named
 from utils.policy_runs import (
     BASE,
     JUDGE,
@@ -29,7 +30,6 @@ from utils.policy_runs import (
 from utils.policy_stats import (
     crossed_interval,
     distinct_of_words,
-    named,
     outcomes,
     paired_gains,
     pick_weights,

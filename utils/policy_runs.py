@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from utils.published_runs import PROFILE, finished_run
 from utils.results import ResultsError, Run, read_jsonl
-from utils.reward_runs import PROFILE, finished_run
 
 Frames = Mapping[str, pd.DataFrame]
 BASE, POOL = "sft", "sft_pool"  # what all are compared with; many SFT samples per prompt

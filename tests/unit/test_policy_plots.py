@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 
 from utils import plot_style as look
 from utils import policy_look, policy_plots
+from utils.intervals import ends
 from utils.policy_arms import ARMS
 
 
@@ -339,7 +340,7 @@ def test_a_gain_whose_interval_holds_zero_is_hollow():
     (ax,) = policy_plots.policy_bars(table, "scalar", "t").axes
     assert [line.get_markerfacecolor() for line in lines(ax)] == ["white", look.ORANGE]
     assert spans(ax) == [pytest.approx([-0.1, 0.4]), pytest.approx([0.4, 0.9])]
-    table.loc[0, policy_look.ends("gain_scalar")] = math.nan
+    table.loc[0, ends("gain_scalar")] = math.nan
     policy_plots.policy_bars(table, "scalar", "t").draw_without_rendering()
 
 
