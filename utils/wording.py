@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -19,6 +19,11 @@ def with_interval(row: Mapping[str, Any], name: str, form: str = "+.2f") -> str:
     """Return `value [low, high]` from the columns `name`, `name_low` and `name_high` of a row."""
     value, low, high = (format(row[f"{name}{end}"], form) for end in ("", "_low", "_high"))
     return f"{value} [{low}, {high}]"
+
+
+def listed(lines: Iterable[str], none: str = "") -> str:
+    """Return a Markdown list, or `none` if there is nothing to list."""
+    return "\n".join(f"- {line}" for line in lines) or none
 
 
 def target_words(targets: pd.DataFrame) -> str:
