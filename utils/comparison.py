@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from utils.config import Profile
-from utils.evaluation import Scorer, evaluate_policy
+from utils.evaluation import Scorer, clustered_interval, compare, evaluate_policy
 from utils.pipeline import (
     ALIGN_FIELDS,
     align_stage,
@@ -149,3 +150,44 @@ class Comparison:
         listed = ", ".join(f"{t}: {value:+.2f}" for t, value in means.items())
         print(f"[comparison] SFT reward on validation prompts by temperature: {listed}")
         return best
+
+
+def gains_table(frames: Mapping[str, pd.DataFrame], samples: int) -> pd.DataFrame:
+    """Hold the aligned policies against the SFT model, and it at its best temperature.
+
+    Args:
+        frames: of `Comparison.policies`.
+        samples: bootstrap resamples.
+
+    Returns:
+        A row per policy and reward model: policy, reward; the paired `difference` to SFT with low,
+        high and win_rate; and that to SFT at its best temperature, `beyond_best_value`, with
+        `beyond_best_low` and `beyond_best_high`.
+    """
+    rows = []
+    for policy, kind in itertools.product([f"align_{own}" for own in KINDS], KINDS):
+        to_sft, beyond = (
+            compare({base: frames[base], policy: frames[policy]}, f"reward_{kind}", samples).iloc[1]
+            for base in ("sft", "sft_best")
+        )
+        row = {"policy": policy, "reward": kind}
+        row |= to_sft[["difference", "low", "high", "win_rate"]].to_dict()
+        ends = {"value": "difference", "low": "low", "high": "high"}
+        rows.append(row | {f"beyond_best_{end}": beyond[name] for end, name in ends.items()})
+    return pd.DataFrame(rows)
+
+
+def category_gains(frames: Mapping[str, pd.DataFrame], samples: int) -> pd.DataFrame:
+    """Return each aligned policy's gain over SFT by category, under its own reward model.
+
+    Returns:
+        Rows of policy, category, value, low, high and n (prompts); none without categories.
+    """
+    rows, base = [], frames["sft"]
+    for kind in KINDS:
+        gains = frames[f"align_{kind}"][f"reward_{kind}"] - base[f"reward_{kind}"]
+        for category, prompts in base.groupby("category")["prompt_id"]:
+            found = clustered_interval(gains[prompts.index], prompts, samples)
+            row = {"policy": f"align_{kind}", "category": category, **found}
+            rows.append(row | {"n": prompts.nunique()})
+    return pd.DataFrame(rows)

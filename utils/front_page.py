@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from utils.environment import RESULTS
+from utils.intervals import named_interval
 from utils.results import GLOSSARY, read_json
 
 PROFILE = "quick"  # the profile whose published runs are summarised
@@ -65,14 +66,6 @@ def test_table(results: Path, kind: str) -> pd.DataFrame:
 def study_table(results: Path) -> pd.DataFrame:
     """Return the reward-model study, a row per arm."""
     return pd.read_csv(results / "tables" / "09_study.csv").set_index("arm")
-
-
-def named_interval(row: pd.Series, column: str) -> dict[str, float]:
-    """Return value, low and high from a row's columns `column`, `column_low`, `column_high`."""
-    return {
-        key: row[f"{column}{end}"]
-        for key, end in {"value": "", "low": "_low", "high": "_high"}.items()
-    }
 
 
 def _policy_table(results: Path) -> str:

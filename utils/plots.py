@@ -116,46 +116,6 @@ def rating_distributions(probabilities: Mapping[str, Sequence[float]], title: st
 
 
 @style()
-def alignment_curves(
-    metrics: pd.DataFrame, title: str, sft: Mapping[str, float] | None = None
-) -> Figure:
-    """Show an alignment run by step: reward, KL, length, finished share, entropy, gradient.
-
-    Args:
-        metrics: the run's `metrics.csv`; row 0 holds only the held-out columns.
-        title: of the figure.
-        sft: SFT values of columns, e.g. `{"entropy": 1.9}`; those of reward and KL are 0.
-    """
-    frame = metrics.assign(finished=1 - metrics["completions/clipped_ratio"])
-    known = {"reward": 0.0, "kl": 0.0, **(sft or {})}
-    known["finished"] = 1 - known.get("completions/clipped_ratio", math.nan)
-    shown = {
-        "reward": (f"reward, {SFT_SD}", "eval_reward"),
-        "kl": ("KL to SFT, nats per sequence", "eval_kl"),
-        "completions/mean_length": ("mean length, tokens", "eval_mean_length"),
-        "finished": ("finished share", None),
-        "entropy": ("entropy, nats per token", None),
-        "grad_norm": ("norm or sd", None),
-    }
-    fig, *axes = look.panels(2, 3, 5.4, title)
-    for ax, (column, (label, held_out)) in zip(axes, shown.items(), strict=True):
-        look.smooth(ax, frame, column, look.BLUE, "training, moving average")
-        if column in known:
-            ax.axhline(known[column], color=look.GREY, ls="--", label="SFT")
-        if held_out:
-            x, y = look.measured(frame, held_out)
-            ax.plot(x, y, "o", ms=5, color=look.ORANGE, label="held-out", zorder=3)
-        ax.set_title(label, fontsize=9)
-        ax.set_xlabel("optimiser step" if ax in axes[3:] else "")
-    axes[0].plot(*look.measured(frame, "baseline"), color=look.DARK, label="baseline")
-    axes[5].lines[1].set_label("gradient norm")
-    look.smooth(axes[5], frame, "advantage_std", look.ORANGE, "sd of advantages")
-    axes[5].legend(fontsize=8)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    return fig
-
-
-@style()
 def comparison_curves(bands: Mapping[str, pd.DataFrame], title: str) -> Figure:
     """Show the held-out reward of several policies by step, with 95% bands and SFT's level.
 

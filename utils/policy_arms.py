@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils.config import Profile
+import pandas as pd
+
+from utils.config import Profile, flatten
 from utils.profiles import PROFILES, with_fields
 
 SEEDS = (0, 1, 2)  # of the two arms that the report is about
@@ -54,6 +56,10 @@ ARMS: dict[str, PolicyArm] = {
         "scalar", "scalar, no baseline", changes={"reinforce.baseline": "none"}
     ),
 }
+# Arms to compare: those the report is about, the baselines by their names, the readouts.
+HEADLINE = ("scalar", "ordinal")
+BASELINES = {"scalar": "running mean", "scalar_ema": "EMA", "scalar_none": "no baseline"}
+READOUTS = ("ordinal", "ordinal_cautious", "ordinal_beats_sft")
 # Tried on the scalar reward and judged on validation prompts, before any policy is trained.
 TRIALS: dict[str, dict[str, Any]] = {
     "lr3e-4_beta0.05": {"reinforce.learning_rate": 3e-4, "reinforce.beta": 0.05},
@@ -75,3 +81,11 @@ def trial_profile(name: str) -> Profile:
     """
     trial = {"reinforce.steps": SETTINGS["reinforce.steps"] // 2, "reinforce.kl_budget": None}
     return with_fields(PROFILES["cpu"], {**SETTINGS, **trial, **TRIALS[name]})
+
+
+def settings_table(profile: Profile) -> pd.DataFrame:
+    """Compare the settings that shape a policy: a run's, and the study's where they differ."""
+    both = {"this run": profile, "the study": policy_profile(HEADLINE[0], SEEDS[0])}
+    table = pd.DataFrame({name: pd.Series(flatten(p)).map(str) for name, p in both.items()})
+    table = table[table.index.str.startswith(("data.", "model.", "reinforce.", "evaluation."))]
+    return table[table["this run"] != table["the study"]].rename_axis("setting")

@@ -12,12 +12,22 @@ import numpy as np
 import pandas as pd
 
 from utils.evaluation import percentile_interval
-from utils.policy_runs import BASE, JUDGE, POOL, Frames, frame_of, policies_of, rewards_of, seeds_of
+from utils.intervals import named
+from utils.policy_runs import (
+    BASE,
+    JUDGE,
+    POOL,
+    Frames,
+    arms_of,
+    frame_of,
+    policies_of,
+    rewards_of,
+    seeds_of,
+)
 from utils.policy_stats import (
     crossed_interval,
     crossed_sums,
     mean_or_nan,
-    named,
     paired_gains,
     prompt_means,
 )
@@ -25,6 +35,7 @@ from utils.results import ResultsError
 
 NEAR_TOKENS, NEAR_SHARE = 5, 0.2  # how far a match may be in length: the larger of the two
 COEFFICIENTS = ("unchanged", "per_10_tokens", "per_finish")
+LEVELS = (("scalar", "ordinal"), ("ordinal", "ordinal_cautious"), ("ordinal", "ordinal_beats_sft"))
 MATCHES = {"length": False, "length and finish": True}  # method -> whether the finish must match
 
 
@@ -40,11 +51,11 @@ def length_table(frames: Frames, samples: int) -> pd.DataFrame:
         `length_change`, by how many tokens these are still longer than what they are compared with;
         seeds; and n (prompts).
     """
-    rows, pool = [], frame_of(frames, POOL)
-    for policy, reward, column, own in _to_compare(frames):
-        for row in _length_rows(own, frames[BASE], pool, column, samples):
-            rows.append({"policy": policy, "reward": reward, **row})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(
+        {"policy": policy, "reward": reward, **row}
+        for policy, reward, column, own in _to_compare(frames)
+        for row in _length_rows(own, frames[BASE], frame_of(frames, POOL), column, samples)
+    )
 
 
 def regression_table(frames: Frames, samples: int) -> pd.DataFrame:
@@ -56,34 +67,23 @@ def regression_table(frames: Frames, samples: int) -> pd.DataFrame:
     )
 
 
-def level_table(
-    frames: Frames, samples: int, first: str = "scalar", second: str = "ordinal"
-) -> pd.DataFrame:
-    """Compare two arms under the judge, the second minus the first, seed by seed.
+def level_table(frames: Frames, samples: int) -> pd.DataFrame:
+    """Compare the pairs of `LEVELS` under the judge, the second minus the first, seed by seed.
 
     Returns:
-        A row per `method`: "raw"; "length" and "length and finish", the difference of the gains
-        over the nearest of `POOL` on the prompts where both have a match; "regression", the
-        difference at unchanged length and finish. With value, low and high; for all but the last
-        `seed_sd` and `seeds_agree`; seeds; n (prompts); and `kl_<arm>`, `length_<arm>`.
+        For each pair that is there a row per `method`: "raw"; "length" and "length and finish", the
+        difference of the gains over the nearest of `POOL` on the prompts where both have a match;
+        "regression", the difference at unchanged length and finish. With value, low and high; for
+        all but the last `seed_sd` and `seeds_agree`; seeds; n (prompts); `kl_first`,
+        `length_first`, `kl_second`, `length_second`; and the arms, first and second.
     """
-    by_seed = [seeds_of(frames, arm) for arm in (first, second)]
-    shared = [seed for seed in by_seed[0] if seed in by_seed[1]]
-    if not shared:
-        raise ResultsError(f"{first!r} and {second!r} have no seed in common: train one of both")
-    old, new = ([seeds[seed] for seed in shared] for seeds in by_seed)
-    pool = frame_of(frames, POOL)
-    gaps = {"raw": paired_gains(new, old, JUDGE)}
-    for method, same in MATCHES.items():
-        gaps[method] = _matched(new, pool, JUDGE, same) - _matched(old, pool, JUDGE, same)
-    rows = [{"method": name, **crossed_interval(gap, samples)} for name, gap in gaps.items()]
-    fitted = _at_equal_length(new, old, JUDGE, samples)
-    rows.append({"method": "regression", **fitted, "seeds": len(shared), "n": rows[0]["n"]})
-    table = pd.DataFrame(rows)
-    for arm, parts in ((first, old), (second, new)):
-        for name, mean in pd.concat(parts)[["kl", "length"]].mean().items():
-            table[f"{name}_{arm}"] = mean
-    return table
+    there = arms_of(frames)
+    parts = [
+        _levels(frames, samples, first, second).assign(first=first, second=second)
+        for first, second in LEVELS
+        if first in there and second in there
+    ]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
 def matched_gains(
@@ -162,6 +162,26 @@ def length_regression(
     for name, draws in zip(COEFFICIENTS, coefficients, strict=True):
         found |= named(name, percentile_interval(draws))
     return found
+
+
+def _levels(frames: Frames, samples: int, first: str, second: str) -> pd.DataFrame:
+    by_seed = [seeds_of(frames, arm) for arm in (first, second)]
+    shared = [seed for seed in by_seed[0] if seed in by_seed[1]]
+    if not shared:
+        raise ResultsError(f"{first!r} and {second!r} have no seed in common: train one of both")
+    old, new = ([seeds[seed] for seed in shared] for seeds in by_seed)
+    pool = frame_of(frames, POOL)
+    gaps = {"raw": paired_gains(new, old, JUDGE)}
+    for method, same in MATCHES.items():
+        gaps[method] = _matched(new, pool, JUDGE, same) - _matched(old, pool, JUDGE, same)
+    rows = [{"method": name, **crossed_interval(gap, samples)} for name, gap in gaps.items()]
+    fitted = _at_equal_length(new, old, JUDGE, samples)
+    rows.append({"method": "regression", **fitted, "seeds": len(shared), "n": rows[0]["n"]})
+    table = pd.DataFrame(rows)
+    for place, parts in (("first", old), ("second", new)):
+        for name, mean in pd.concat(parts)[["kl", "length"]].mean().items():
+            table[f"{name}_{place}"] = mean
+    return table
 
 
 def _to_compare(frames: Frames) -> Iterator[tuple[str, str, str, list[pd.DataFrame]]]:

@@ -32,12 +32,12 @@ def arm_look(name: str, place: int = 0) -> tuple[str, str]:
     return label, ARM_COLORS.get(arm, look.policy_color("", place))
 
 
+def label(name: str) -> str:
+    """Return how tables and sentences name an arm, one of its policies, or a control."""
+    return arm_look(name)[0]
+
+
 def in_order(names: Iterable[str]) -> list[str]:
     """Return names of policies in the order of the study's arms, others last and as they come."""
     arms = {name: _POLICY.fullmatch(name)[1] for name in names}
     return sorted(arms, key=lambda name: [*ARMS, arms[name]].index(arms[name]))
-
-
-def ends(name: str) -> list[str]:
-    """Return the columns of a value and its interval."""
-    return [name, f"{name}_low", f"{name}_high"]

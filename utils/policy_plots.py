@@ -14,9 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from utils import plot_style as look
+from utils.intervals import ends
 from utils.plot_style import style
 from utils.plots import SFT_SD
-from utils.policy_look import UNIT, arm_look, ends, in_order
+from utils.policy_look import UNIT, arm_look, in_order
 from utils.policy_runs import BASE, Frames, seeds_of
 from utils.policy_training_plots import baselines_figure, frontier, policy_curves
 

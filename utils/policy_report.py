@@ -1,7 +1,8 @@
 """The tables of the policy study, from its published evaluations alone: no model is loaded.
 
 Rewards and gains are in SFT standard deviations. A gain is paired: same prompt, same sample, same
-sampling noise. Intervals are over prompts and, where an arm has several, over seeds.
+sampling noise. Intervals are over prompts and, where an arm has several, over seeds. Without
+evaluations a table is empty.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ import numpy as np
 import pandas as pd
 
 from utils.evaluation import distinct_n
+from utils.intervals import ends, named, named_interval
+from utils.policy_arms import HEADLINE
 from utils.policy_runs import (
     BASE,
+    BEST,
+    GREEDY,
     JUDGE,
     POOL,
     REWARDS,
@@ -29,14 +34,25 @@ from utils.policy_runs import (
 from utils.policy_stats import (
     crossed_interval,
     distinct_of_words,
-    named,
     outcomes,
     paired_gains,
     pick_weights,
     prompt_means,
 )
+from utils.targets import target_row
 
-BEST, GREEDY = "sft_best", "sft_greedy"
+# What was hoped for: the column of the row that `target_table` reads it from, the side and bound.
+# "above" is about the interval, the others about the value.
+TARGETS = {
+    "gain under its own reward model": ("own", "at least", 1.3),
+    "gain under the judge, interval": ("gain_judge", "above", 0.0),
+    "win rate under the judge": ("win_rate", "at least", 0.75),
+    "the same, against SFT at its best temperature": ("win_rate_best", "at least", 0.65),
+    "KL, nats": ("kl", "at most", 10.0),
+    "gain under the judge at equal length, interval": ("equal", "above", 0.0),
+    "distinct-2, share of SFT's": ("distinct2_ratio", "at least", 0.85),
+    "the same over an equal number of words": ("distinct2_ratio_words", "at least", 0.85),
+}
 
 
 def policy_table(frames: Frames, samples: int) -> pd.DataFrame:
@@ -57,6 +73,8 @@ def policy_table(frames: Frames, samples: int) -> pd.DataFrame:
         seeds, and `distinct2_ratio`, it over SFT's; `distinct_2_words` and
         `distinct2_ratio_words`, the same over the first `words` words, the most that all have.
     """
+    if not frames:
+        return pd.DataFrame()
     texts = [" ".join(frame["response"]) for name, frame in frames.items() if name != POOL]
     words, names = min(len(text.split()) for text in texts), policies_of(frames)
     table = pd.DataFrame(_policy_row(frames, name, words, samples) for name in names)
@@ -85,7 +103,7 @@ def seed_table(frames: Frames, samples: int) -> pd.DataFrame:
 
 
 def best_of_n_table(
-    pool: pd.DataFrame,
+    frames: Frames,
     samples: int,
     proxies: Sequence[str] = ("scalar", "ordinal"),
     ns: Sequence[int] = (2, 4, 8, 16),
@@ -97,7 +115,7 @@ def best_of_n_table(
     2401.01879), close to it as long as no answer is very likely.
 
     Args:
-        pool: rows of `sft_pool`.
+        frames: of `policy_frames`.
         samples: bootstrap resamples.
         proxies: the reward models that pick.
         ns: how many samples to pick from; one gives the pool's mean.
@@ -107,6 +125,9 @@ def best_of_n_table(
         `reward`, by the proxy, and `judge`, and `reward_gain` and `judge_gain`, what they are above
         the mean of the prompt's samples; `length` and `finished` of the pick; and `prompts`.
     """
+    if not frames:
+        return pd.DataFrame()
+    pool = frame_of(frames, POOL)
     prompts = pool["prompt_id"].nunique()
 
     def shaped(column: str) -> np.ndarray:
@@ -165,6 +186,29 @@ def temperature_table(frames: Frames, samples: int) -> pd.DataFrame:
                     found = _gain(own, frame_of(frames, against), column, samples)
                     row |= named(reward, found)
                 rows.append(row | {"seeds": found["seeds"], "n": found["n"]})
+    return pd.DataFrame(rows)
+
+
+def target_table(table: pd.DataFrame, lengths: pd.DataFrame) -> pd.DataFrame:
+    """Hold the arms that the report is about against the study's targets.
+
+    Args:
+        table: of `policy_table`.
+        lengths: of `length_table`.
+
+    Returns:
+        A row per arm that is there and target: arm, and what `target_row` returns.
+    """
+    rows, there = [], set(table.get("policy", ()))
+    for arm in [arm for arm in HEADLINE if arm in there]:
+        row = table.set_index("policy").loc[arm].to_dict()
+        row |= dict(zip(ends("own"), (row[column] for column in ends(f"gain_{arm}")), strict=True))
+        matched = lengths[(lengths["policy"] == arm) & (lengths["reward"] == "judge")]
+        row |= named("equal", matched.set_index("method").loc["length"])
+        for target, (column, side, bound) in TARGETS.items():
+            spans = f"{column}_low" in row
+            found = named_interval(row, column) if spans else {"value": row[column]}
+            rows.append({"arm": arm, **target_row(target, found, side, bound)})
     return pd.DataFrame(rows)
 
 

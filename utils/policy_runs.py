@@ -1,20 +1,21 @@
-"""The published runs of the policy study: evaluations on the test prompts, and training curves."""
+"""The published evaluations of the policy study on the test prompts, and samples from them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 
+from utils.policy_arms import ARMS, HEADLINE
+from utils.published_runs import PROFILE, finished_run
 from utils.results import ResultsError, Run, read_jsonl
-from utils.reward_runs import PROFILE, finished_run
 
 Frames = Mapping[str, pd.DataFrame]
 BASE, POOL = "sft", "sft_pool"  # what all are compared with; many SFT samples per prompt
+BEST, GREEDY = "sft_best", "sft_greedy"  # SFT at its best temperature, and at none
+CONTROLS = (BASE, BEST, GREEDY, POOL)  # without these nothing can be compared
 REWARDS = ("scalar", "ordinal", "judge")
 JUDGE = "reward_judge"
 _PROMPT = ["prompt_id", "category", "prompt"]
@@ -27,6 +28,7 @@ def policy_frames(results: Path) -> dict[str, pd.DataFrame]:
     Returns:
         By policy, the SFT model first: the rows of its `samples.jsonl` with its `temperature`.
         They have the same prompts in the same order and, but for `POOL`, as many samples of each.
+        Empty as long as one of `CONTROLS` is missing, or all policies are.
 
     Raises:
         ResultsError: naming an evaluation that is not finished, lacks a reward, or was made on
@@ -34,11 +36,8 @@ def policy_frames(results: Path) -> dict[str, pd.DataFrame]:
     """
     paths = {p.name.removeprefix(f"{PROFILE}-test_"): p for p in results.glob(f"{PROFILE}-test_*")}
     paths = {name: path for name, path in sorted(paths.items()) if "@" not in name}
-    if BASE not in paths:
-        raise ResultsError(
-            f"there is no evaluation of the SFT model to compare with: publish {PROFILE}-test_"
-            f"{BASE}, which `python -m utils.policy_study tests` makes"
-        )
+    if not arms_of(paths) or not {*CONTROLS} <= {*paths}:
+        return {}
     names = [BASE, *(name for name in paths if name != BASE)]
     runs = {name: finished_run(paths[name]) for name in names}
     frames = {name: _rows(run) for name, run in runs.items()}
@@ -60,7 +59,14 @@ def policy_frames(results: Path) -> dict[str, pd.DataFrame]:
     return frames
 
 
-def arms_of(frames: Frames) -> list[str]:
+def missing_policies(frames: Frames) -> list[str]:
+    """Name the evaluations of the study that are not published yet."""
+    wanted = [f"{arm}_s{seed}" for arm in ARMS for seed in ARMS[arm].seeds]
+    wanted += [*CONTROLS, "sft_16bit", *(f"{arm}_s0_greedy" for arm in HEADLINE)]
+    return [name for name in wanted if name not in frames]
+
+
+def arms_of(frames: Iterable[str]) -> list[str]:
     """Return the arms with evaluated seeds, in the order of their frames."""
     return list(dict.fromkeys(m[1] for name in frames if (m := _SEEDED.fullmatch(name))))
 
@@ -101,6 +107,31 @@ def rewards_of(policy: str) -> dict[str, str]:
     return {"judge": JUDGE} | ({"own": f"reward_{kind}"} if kind in REWARDS else {})
 
 
+def panel(frames: Frames, policies: Sequence[str], prompts: int = 12) -> pd.DataFrame:
+    """Show what policies answer to the first prompts, one per category where there are any.
+
+    Args:
+        frames: rows of evaluations by policy, among them the SFT model's.
+        policies: whom to show.
+        prompts: how many.
+
+    Returns:
+        A row per prompt for `widgets.browse_samples`: prompt_id, category, prompt, and of the first
+        sample of each policy `response [name]`, `reward_<model> [name]`, `kl [name]` and
+        `length [name]`.
+    """
+    base = frames[BASE].drop_duplicates("prompt_id").fillna({"category": "no category"})
+    turn = base.groupby("category").cumcount().sort_values(kind="stable")
+    table = base.loc[turn.index[:prompts], _PROMPT]
+    rewards = [column for column in base if column.startswith("reward_")]
+    for name in policies:
+        own = frames[name].drop_duplicates("prompt_id").set_index("prompt_id")
+        own = own.loc[table["prompt_id"]].round(1)
+        for column in ("response", *rewards, "kl", "length"):
+            table[f"{column} [{name}]"] = own[column].to_numpy()
+    return table
+
+
 def extremes(
     frames: Frames, policy: str, k: int = 10, random: int = 10, seed: int = 0
 ) -> pd.DataFrame:
@@ -139,80 +170,7 @@ def extremes(
     return found[["list", *(column for column in found if column != "list")]]
 
 
-def frontier_table(results: Path) -> pd.DataFrame:
-    """Return the held-out reward of each training run against its KL.
-
-    Returns:
-        A row per run, folder `cpu-align_<arm>_s<seed>`, and evaluation: arm, seed, step, `kl`
-        (nats), `sqrt_kl`, `reward` (that it was trained on) with `reward_low` and `reward_high`,
-        `judge`, both in SFT standard deviations, and `length`, tokens.
-
-    Raises:
-        ResultsError: naming a run that is not finished, has another seed than its name says, or
-            was not evaluated by the judge.
-    """
-    rows: list[pd.DataFrame] = []
-    pattern = re.compile(rf"{PROFILE}-align_(.+)_s(\d+)")
-    found = {(m[1], int(m[2])): p for p in results.glob("*") if (m := pattern.fullmatch(p.name))}
-    for (arm, seed), path in sorted(found.items()):
-        metrics = finished_run(path, seed).metrics()
-        if "eval_judge" not in metrics:
-            raise ResultsError(
-                f"{path.name} was not evaluated by the judge while it was trained: train it again "
-                f"with `python -m utils.policy_study {arm}:{seed}` and publish it"
-            )
-        held_out = metrics.dropna(subset="eval_reward")[["step", *_HELD_OUT]]
-        held_out = held_out.rename(columns=_HELD_OUT)  # in training, `reward` and `kl` are others
-        held_out["sqrt_kl"] = np.sqrt(held_out["kl"].clip(lower=0))  # an estimate may be below 0
-        rows.append(held_out.assign(arm=arm, seed=seed)[_FRONTIER])
-    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=_FRONTIER)
-
-
-def peak_table(frontier: pd.DataFrame) -> pd.DataFrame:
-    """Say where in training the judge peaks, and where the reward that is trained on does.
-
-    The two part if the judge has its maximum at an earlier evaluation than the reward; of equal
-    maxima the first counts. Maxima of a few noisy points move easily: look whether seeds agree.
-
-    Args:
-        frontier: of `frontier_table`.
-
-    Returns:
-        A row per arm and seed: arm, seed, `reward_step` and `judge_step` (of the maxima),
-        `reward_max`, `judge_max`, `judge_kl` (at the judge's maximum), `judge_at_reward_max`,
-        `judge_last`, and `parted`.
-    """
-    rows: list[dict[str, Any]] = []
-    for (arm, seed), part in frontier.groupby(["arm", "seed"], sort=False):
-        reward, judge = (part.loc[part[name].idxmax()] for name in ("reward", "judge"))
-        rows.append(
-            {
-                "arm": arm,
-                "seed": seed,
-                "reward_step": reward["step"],
-                "judge_step": judge["step"],
-                "reward_max": reward["reward"],
-                "judge_max": judge["judge"],
-                "judge_kl": judge["kl"],
-                "judge_at_reward_max": reward["judge"],
-                "judge_last": part["judge"].iloc[-1],
-                "parted": judge["step"] < reward["step"],
-            }
-        )
-    return pd.DataFrame(rows)
-
-
 _SEEDED = re.compile(r"(.+)_s(\d+)")  # an arm and its seed; `scalar_s0_greedy` is a control
-_HELD_OUT = {
-    "eval_kl": "kl",
-    "eval_reward": "reward",
-    "eval_reward_low": "reward_low",
-    "eval_reward_high": "reward_high",
-    "eval_judge": "judge",
-    "eval_mean_length": "length",
-}
-_FRONTIER = ["arm", "seed", "step", "kl", "sqrt_kl", "reward", "reward_low", "reward_high"]
-_FRONTIER += ["judge", "length"]
 
 
 def _rows(run: Run) -> pd.DataFrame:

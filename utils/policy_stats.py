@@ -7,7 +7,7 @@ list of frames holds the seeds of one policy. Intervals are 95% percentile inter
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -135,11 +135,6 @@ def pick_weights(scores: np.ndarray, n: int) -> np.ndarray:
     below = (scores[:, None, :] < scores[:, :, None]).sum(-1)
     same = (scores[:, None, :] == scores[:, :, None]).sum(-1)
     return (chances[below + same] - chances[below]) / same
-
-
-def named(name: str, found: Mapping[str, float]) -> dict[str, float]:
-    """Return an interval as the columns `<name>`, `<name>_low` and `<name>_high`."""
-    return {name: found["value"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
 
 
 def mean_or_nan(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:

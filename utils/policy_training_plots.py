@@ -15,11 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from utils import plot_style as look
+from utils.intervals import ends
 from utils.plot_style import style
 from utils.plots import SFT_SD
-from utils.policy_look import UNIT, arm_look, ends, in_order
-
-Arms = Mapping[str, Sequence[pd.DataFrame]]  # the `metrics.csv` of each seed, by arm
+from utils.policy_arms import BASELINES
+from utils.policy_logs import Logs
+from utils.policy_look import UNIT, arm_look, in_order
 
 # Column: its panel's title, and the held-out column of the same quantity.
 CURVES = {
@@ -32,31 +33,38 @@ CURVES = {
     "grad_norm": ("gradient norm", None),
     "advantage_std": (f"sd of advantages, {UNIT}", None),
 }
-BASELINES = {"scalar": "running mean", "scalar_ema": "EMA", "scalar_none": "no baseline"}
 
 
 @style()
-def policy_curves(metrics: Arms, title: str) -> Figure:
+def policy_curves(logs: Logs, title: str) -> Figure:
     """Show training by step: the mean over an arm's seeds, each seed thin, their range shaded.
 
     Lines are moving averages but for the baseline, which is one; dots are held-out means over the
     seeds. SFT is the held-out measurement at step 0, shaded its 95% interval over prompts; where
-    the arms measure it in rewards of their own, it has their colours.
+    the arms measure it in rewards of their own, it has their colours. Of a run that is shown alone
+    each step is a faint point, and the baseline is drawn beside its reward, too.
     """
     fig, *axes = look.panels(3, 3, 7.6, title)
     axes.pop(1).remove()  # the first panel is two wide
     axes[0].set_subplotspec(axes[0].get_gridspec()[0, :2])
-    arms = _with_rows(metrics)
+    arms = _with_rows(logs)
+    alone = sum(map(len, arms.values())) == 1
     for ax, (column, (label, held_out)) in zip(axes, CURVES.items(), strict=True):
         if held_out:
             _sft_level(ax, arms, held_out)
         for place, (arm, frames) in enumerate(arms.items()):
             name, color = arm_look(arm, place)
+            for values in _by_step(frames, column) if alone and column != "baseline" else []:
+                ax.plot(values.index, values, ".", ms=5, color=color, alpha=0.35)
             _lines(ax, _by_step(frames, column, smooth=column != "baseline"), color, name)
             if held_out:
                 _dots(ax, frames, held_out, color)
         ax.set_title(label, fontsize=9)
         ax.set_xlabel("optimiser step" if ax in axes[5:] else "")
+    if alone:
+        ((log,),) = arms.values()
+        axes[0].plot(*look.measured(log, "baseline"), color=look.DARK, ls=":", label="baseline")
+        axes[0].plot([], [], ".", ms=5, color=look.GREY, label="one step")
     axes[0].plot([], [], "o", ms=5, color=look.DARK, label="held-out")
     axes[0].plot([], [], color=look.GREY, ls="--", label="SFT (shaded: 95% interval)")
     look.legend_below(fig, axes[0])
@@ -64,13 +72,13 @@ def policy_curves(metrics: Arms, title: str) -> Figure:
 
 
 @style()
-def baselines_figure(metrics: Arms, title: str) -> Figure:
+def baselines_figure(logs: Logs, title: str) -> Figure:
     """Compare arms that differ in the baseline: held-out reward, spread of advantages, gradient.
 
     Means over seeds as in `policy_curves`; the held-out reward is no moving average.
     """
     fig, *axes = look.panels(1, 3, 3.3, title)
-    arms = _with_rows(metrics)
+    arms = _with_rows(logs)
     _sft_level(axes[0], arms, "eval_reward")
     titles = {"eval_reward": f"held-out reward, {UNIT}"}
     titles |= {column: CURVES[column][0] for column in ("advantage_std", "grad_norm")}
@@ -151,9 +159,9 @@ def _best_of_n(ax: Axes, picks: pd.DataFrame) -> None:
         ax.plot(picks["sqrt_kl"], value, "D", ms=5, color=look.GREY, mfc=face, zorder=3)
 
 
-def _with_rows(metrics: Arms) -> dict[str, list[pd.DataFrame]]:
+def _with_rows(logs: Logs) -> dict[str, list[pd.DataFrame]]:
     """Drop arms without a run, and add the share of completions that ended by themselves."""
-    arms = {arm: [frame for frame in frames if len(frame)] for arm, frames in metrics.items()}
+    arms = {arm: [log for log in own.values() if len(log)] for arm, own in logs.items()}
     return {
         arm: [f.assign(finished=1 - f["completions/clipped_ratio"]) for f in frames]
         for arm, frames in arms.items()
@@ -188,7 +196,7 @@ def _dots(ax: Axes, frames: Sequence[pd.DataFrame], column: str, color: str) -> 
         ax.plot(mean.index, mean, "o", ms=6, color=color, mec="white", zorder=3)
 
 
-def _sft_level(ax: Axes, arms: Arms, column: str) -> None:
+def _sft_level(ax: Axes, arms: Mapping[str, Sequence[pd.DataFrame]], column: str) -> None:
     """Draw what was measured at step 0: grey if all arms agree, else in the arms' colours."""
     levels: dict[tuple[float, ...], str] = {}
     for place, (arm, frames) in enumerate(arms.items()):

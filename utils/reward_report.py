@@ -18,11 +18,12 @@ import torch
 from utils.calibration import expected_calibration_error
 from utils.data import load_data
 from utils.evaluation import clustered_interval
+from utils.intervals import named
 from utils.losses import bradley_terry_loss, rating_pair_loss
-from utils.policy_stats import named
 from utils.profiles import PROFILES
+from utils.published_runs import PROFILE
 from utils.results import ResultsError, Run, read_jsonl
-from utils.reward_runs import PROFILE, pair_frame, seed_frames, study_arms
+from utils.reward_runs import pair_frame, seed_frames, study_arms
 from utils.rewards import KINDS
 from utils.sources import Pair
 from utils.study import ARMS

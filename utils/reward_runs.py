@@ -5,40 +5,19 @@ An arm is one way to train a reward model, a run is one seed of it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from utils.results import ResultsError, Run, read_json, stored
+from utils.published_runs import seed_runs
+from utils.results import ResultsError, Run, stored
 from utils.reward_evaluation import pair_metrics
 from utils.sources import Pair
 
-PROFILE = "cpu"  # the profile that the arms vary
 # By file: when it was written, the pairs, and their rows. Several tables need the same runs.
 _rows: dict[Path, tuple[int, tuple[Pair, ...], pd.DataFrame]] = {}
-
-
-def finished_run(path: Path, seed: int | None = None) -> Run:
-    """Return the published run in a folder.
-
-    Raises:
-        ResultsError: if it is not finished, or has another seed than `seed`, that of its name.
-    """
-    info = read_json(path / "run.json")
-    if info["status"] != "finished":
-        raise ResultsError(
-            f"{path.name} is not finished, its status is {info['status']!r}: let it finish and "
-            "publish it again, or remove its folder"
-        )
-    if seed not in (None, info["seed"]):
-        raise ResultsError(
-            f"{path.name} was trained with seed {info['seed']}: name its folder after that "
-            f"seed, or publish the run with seed {seed}"
-        )
-    return Run(path, info["config"], info["seed"], info["data_fingerprint"])
 
 
 def study_runs(results: Path, arm: str) -> list[Run]:
@@ -47,9 +26,7 @@ def study_runs(results: Path, arm: str) -> list[Run]:
     Raises:
         ResultsError: if a run is not finished, or has another seed than its name says.
     """
-    name = re.compile(rf"{PROFILE}-rm_{re.escape(arm)}_s(\d+)")
-    found = {int(m[1]): path for path in results.glob("*") if (m := name.fullmatch(path.name))}
-    return [finished_run(path, seed) for seed, path in sorted(found.items())]
+    return [*seed_runs(results, f"rm_{arm}").values()]
 
 
 def study_arms(

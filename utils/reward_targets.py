@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import pandas as pd
 
+from utils.intervals import named_interval
 from utils.study import HEADLINE_SEEDS
+from utils.targets import target_row
 
-BETWEEN, ALL = 0.84, 0.88  # accuracy of the best arm between two samples, and on all pairs
+# Accuracy of the best arm: column -> where, and at least what.
+BEST = {"model_pairs": ("between samples", 0.84), "accuracy": ("on all pairs", 0.88)}
 BEHIND = -0.01  # how far the ten-class arm may be behind the scalar one in accuracy
-NLL, ECE = 0.42, 0.05  # of the ten-class arm
+# Of the ten-class arm: column -> what it is, and below what.
+BELOW = {"nll": ("-log P", 0.42), "ece": ("calibration error", 0.05)}
 MINUTES = 8.0  # of training, two cores
 LEVELS = ("margin", "pairwise")  # the arms that are Level 1 and Level 2
 
@@ -32,44 +33,24 @@ def reward_targets(
     Returns:
         A row per target as `target_words` reads it.
     """
-    above = against[against["pairs"] == "all pairs"]["above"]
-    rows = [
-        _row("arms clearly above the best rule, all pairs", above.sum(), len(above), "at least")
-    ]
+    above = against.loc[against["pairs"] == "all pairs", "above"]
+    name = "arms clearly above the best rule, all pairs"
+    rows = [target_row(name, {"value": above.sum()}, "at least", len(above), ".0f")]
     full = table[table["seeds"] == len(HEADLINE_SEEDS)]
-    for column, place, bound in (
-        ("model_pairs", "between samples", BETWEEN),
-        ("accuracy", "on all pairs", ALL),
-    ):
-        if len(full):
-            best = full.loc[full[column].idxmax()]
-            name = f"best accuracy {place} ({best['label']})"
-            rows.append(_row(name, best, bound, "at least", column, ".3f"))
+    for column, (place, bound) in BEST.items() if len(full) else ():
+        best = full.loc[full[column].idxmax()]
+        name = f"best accuracy {place} ({best['label']})"
+        rows.append(target_row(name, named_interval(best, column), "at least", bound, ".3f"))
     first, second = LEVELS
     pair = (differences["reference"] == first) & (differences["arm"] == second)
+    behind = named_interval(differences[pair].iloc[0], "accuracy")
     name = "accuracy of ten classes less that of the scalar arm"
-    rows.append(_row(name, differences[pair].iloc[0], BEHIND, "at least", "accuracy", "+.3f"))
+    rows.append(target_row(name, behind, "at least", BEHIND, "+.3f"))
     ten = table.set_index("arm").loc[second]
-    rows.append(_row(f"-log P, {ten['label']}", ten, NLL, "below", "nll", ".3f"))
-    rows.append(_row(f"calibration error, {ten['label']}", ten, ECE, "below", "ece", ".3f"))
-    for arm in table[table["arm"].isin(LEVELS)].to_dict("records"):
-        if not math.isnan(arm["minutes"]):
-            name = f"minutes of training, {arm['label']}"
-            rows.append(_row(name, arm["minutes"], MINUTES, "at most", form=".1f"))
+    for column, (name, bound) in BELOW.items():
+        found = named_interval(ten, column)
+        rows.append(target_row(f"{name}, {ten['label']}", found, "below", bound, ".3f"))
+    for arm in table[table["arm"].isin(LEVELS)].dropna(subset="minutes").to_dict("records"):
+        name = f"minutes of training, {arm['label']}"
+        rows.append(target_row(name, {"value": arm["minutes"]}, "at most", MINUTES, ".1f"))
     return pd.DataFrame(rows)
-
-
-def _row(
-    target: str, found: Any, bound: float, side: str, column: str | None = None, form: str = ".0f"
-) -> dict[str, Any]:
-    ends = ("value", "low", "high")
-    if column is None:
-        span = dict(zip(ends, (float(found), math.nan, math.nan), strict=True))
-    else:
-        span = {
-            n: found[f"{column}{end}"] for n, end in zip(ends, ("", "_low", "_high"), strict=True)
-        }
-    value = span["value"]
-    reached = {"at least": value >= bound, "at most": value <= bound, "below": value < bound}[side]
-    wanted = f"{side} {format(bound, form)}"
-    return {"target": target, **span, "form": form, "wanted": wanted, "reached": bool(reached)}

@@ -5,20 +5,19 @@ Every function returns a Markdown list; an empty table gives an empty one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
 
 from utils.study import ARMS
-from utils.wording import COMPARED, verdict, with_interval
+from utils.wording import COMPARED, listed, verdict, with_interval
 
 WEAK = 0.9  # a probe below this share of right answers is a way to cheat
 
 
 def difference_words(table: pd.DataFrame, column: str = "accuracy") -> str:
     """Say how each arm of a `difference_table` compares with its reference."""
-    return _listed(
+    return listed(
         f"{row['label']} against {ARMS[row['reference']].label}: "
         f"{with_interval(row, column, '+.3f')}, {_seeds(row['seeds'])}: "
         f"**{verdict(row[f'{column}_low'], row[f'{column}_high'], COMPARED)}**"
@@ -28,7 +27,7 @@ def difference_words(table: pd.DataFrame, column: str = "accuracy") -> str:
 
 def reference_words(table: pd.DataFrame) -> str:
     """Say what counting references less changes, of rows of `difference_table`."""
-    return _listed(
+    return listed(
         f"{row['label']}: {with_interval(row, 'model_pairs', '+.3f')} between two samples "
         f"({verdict(row['model_pairs_low'], row['model_pairs_high'], COMPARED)}), "
         f"{with_interval(row, 'accuracy', '+.3f')} on all pairs, against "
@@ -54,7 +53,7 @@ def rules_words(against: pd.DataFrame, table: pd.DataFrame) -> str:
         lines.append(
             f"The best {place} is **{top['label']}** with {with_interval(top, column, '.3f')}"
         )
-    return _listed(lines)
+    return listed(lines)
 
 
 def learning_curve_words(curve: pd.DataFrame) -> str:
@@ -71,7 +70,7 @@ def learning_curve_words(curve: pd.DataFrame) -> str:
                 f"; the last step is worth {last['value'] - before['value']:+.3f}, the intervals "
                 f"{'overlap' if overlap else 'are apart'}"
             )
-    return _listed(lines)
+    return listed(lines)
 
 
 def probe_words(probes: pd.DataFrame) -> str:
@@ -81,7 +80,7 @@ def probe_words(probes: pd.DataFrame) -> str:
         probes: series (the model), probe, value, low, high, n.
     """
     weak = probes[probes["high"] < WEAK].sort_values("value")
-    return _listed(
+    return listed(
         f"{row['series']}, `{row['probe']}`: right in {row['value']:.0%} "
         f"[{row['low']:.0%}, {row['high']:.0%}] of {row['n']}"
         for row in weak.to_dict("records")
@@ -94,7 +93,7 @@ def entropy_words(ranks: pd.DataFrame) -> str:
     Args:
         ranks: a row per arm, its label the index: the rank correlation as value, low, high.
     """
-    return _listed(
+    return listed(
         f"{label}: rank correlation of entropy and error {row['value']:+.2f} "
         f"[{row['low']:+.2f}, {row['high']:+.2f}]"
         for label, row in ranks.iterrows()
@@ -118,7 +117,7 @@ def predictor_words(predictors: pd.DataFrame) -> str:
             f"probabilities, `tie_or_doubt`, add {with_interval(doubt, 'added', '+.3f')}: "
             f"{verdict(doubt['added_low'], doubt['added_high'], more)}."
         )
-    return _listed(lines)
+    return listed(lines)
 
 
 def pick_words(picks: pd.DataFrame) -> str:
@@ -133,12 +132,8 @@ def pick_words(picks: pd.DataFrame) -> str:
         clear = part[(part["low"] > 0) | (part["high"] < 0)].sort_values("difference")
         said = [f"{row['criterion']} {row['difference']:+.2f}" for _, row in clear.iterrows()]
         lines.append(f"{arm}: {', '.join(said) or 'none differs clearly from the mean'}.")
-    return _listed(lines)
+    return listed(lines)
 
 
 def _seeds(count: Any) -> str:
     return f"{count} seed{'s' if count > 1 else ''}"
-
-
-def _listed(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)

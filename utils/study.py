@@ -76,7 +76,7 @@ ARMS: dict[str, Arm] = {
     "full_tuning": Arm(
         "scalar",
         "with margin, full tuning, 16 bits",
-        {**BITS16, "reward.lora_r": 0, "reward.learning_rate": 3e-5, "reward.save_steps": 1000},
+        {**BITS16, "reward.lora_r": 0, "reward.learning_rate": 1e-4, "reward.save_steps": 1000},
     ),
     "trl": Arm("scalar", "with margin, trl.RewardTrainer", {"reward.trainer": "pairs"}),
     **{

@@ -16,11 +16,11 @@ from utils.front_page import (
     KINDS,
     PROFILE,
     fill,
-    named_interval,
     render,
     study_table,
     test_table,
 )
+from utils.intervals import named_interval
 from utils.profiles import PROFILES
 from utils.published import CHOSEN
 from utils.results import read_json, write_json

@@ -48,19 +48,6 @@ def responses() -> pd.DataFrame:
     )
 
 
-def policy_metrics(steps: int = 12) -> pd.DataFrame:
-    """Return rows as `train_policy` logs them: step 0 and most others lack some cells."""
-    step = np.arange(steps + 1)
-    names = "reward kl baseline entropy grad_norm advantage_std completions/mean_length"
-    frame = pd.DataFrame({"step": step} | {n: np.sin(step) + 2 for n in names.split()})
-    frame["completions/clipped_ratio"] = 0.25
-    frame.loc[0, frame.columns[1:]] = math.nan
-    measured = step % 4 == 0
-    for name in ("eval_reward", "eval_kl", "eval_mean_length"):
-        frame[name] = np.where(measured, step / 10, math.nan)
-    return frame
-
-
 def reward_metrics() -> pd.DataFrame:
     return pd.DataFrame({"step": [1, 2, 3], "loss": [0.9, 0.7, 0.5], "accuracy": [0.5, 0.6, 0.8]})
 
@@ -79,7 +66,6 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "reward_training": lambda: plots.reward_training(reward_metrics(), "t", constant=0.7985),
     "reward_histograms": lambda: plots.reward_histograms([1.0, 2.0], [0.0, 1.0], "t"),
     "rating_distributions": lambda: plots.rating_distributions({"a": np.full(10, 0.1)}, "t"),
-    "alignment_curves": lambda: plots.alignment_curves(policy_metrics(), "t", {"entropy": 1.9}),
     "comparison_curves": lambda: plots.comparison_curves(
         {"align_scalar": band(), "sft": band()}, "t"
     ),
@@ -139,10 +125,12 @@ def test_tables_keep_a_named_index_only(folder: Path):
 
 
 def test_unmeasured_cells_are_left_out():
-    figure = plots.alignment_curves(policy_metrics(), "t")
-    held_out = next(line for line in figure.axes[0].lines if line.get_label() == "held-out")
-    assert list(held_out.get_xdata()) == [0, 4, 8, 12]
-    raw, mean = figure.axes[0].lines[:2]
+    frame = pd.DataFrame({"step": range(13), "loss": np.sin(np.arange(13.0)) + 2})
+    frame["accuracy"] = np.where(frame["step"] % 4 == 0, 0.5, math.nan)
+    frame.loc[0, "loss"] = math.nan
+    left, right = plots.reward_training(frame, "t").axes
+    assert list(right.lines[0].get_xdata()) == [0, 4, 8, 12]
+    raw, mean = left.lines[:2]
     assert raw.get_xdata()[0] == 1
     assert np.isfinite(mean.get_ydata()).all()
     window = min(10, max(2, len(raw.get_ydata()) // 5))  # a fifth of the run, at most ten

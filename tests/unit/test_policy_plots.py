@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 
 from utils import plot_style as look
 from utils import policy_look, policy_plots
+from utils.intervals import ends
 from utils.policy_arms import ARMS
 
 
@@ -44,6 +45,10 @@ def metrics(shift: float = 0.0, steps: int = 16, start: float = 0.1) -> pd.DataF
     return frame.assign(
         eval_reward_low=frame["eval_reward"] - 0.3, eval_reward_high=frame["eval_reward"] + 0.2
     )
+
+
+def logs(**arms: list[pd.DataFrame]) -> dict[str, dict[int, pd.DataFrame]]:
+    return {arm: dict(enumerate(own)) for arm, own in arms.items()}
 
 
 def curve(*arms: str, seeds: int = 1) -> pd.DataFrame:
@@ -136,8 +141,8 @@ def categories(*names: str) -> pd.DataFrame:
 
 
 FIGURES: dict[str, Callable[[], Figure]] = {
-    "policy_curves": lambda: policy_plots.policy_curves({"scalar": [metrics()]}, "t"),
-    "baselines_figure": lambda: policy_plots.baselines_figure({"scalar": [metrics()]}, "t"),
+    "policy_curves": lambda: policy_plots.policy_curves(logs(scalar=[metrics()]), "t"),
+    "baselines_figure": lambda: policy_plots.baselines_figure(logs(scalar=[metrics()]), "t"),
     "frontier": lambda: policy_plots.frontier(curve("scalar"), picks(), "t"),
     "policy_bars": lambda: policy_plots.policy_bars(policies("scalar"), "judge", "t"),
     "win_bars": lambda: policy_plots.win_bars(policies("scalar"), "t"),
@@ -211,7 +216,7 @@ def test_arms_come_in_the_order_of_the_study():
 
 
 def test_curves_are_means_of_the_seeds_with_their_range():
-    figure = policy_plots.policy_curves({"scalar": [metrics(0), metrics(1), metrics(5)]}, "t")
+    figure = policy_plots.policy_curves(logs(scalar=[metrics(0), metrics(1), metrics(5)]), "t")
     by_title = {ax.get_title("left"): ax for ax in figure.axes}
     baseline = by_title["baseline, SFT sd"]
     (mean,) = thick(baseline)
@@ -227,7 +232,7 @@ def test_curves_are_means_of_the_seeds_with_their_range():
 
 
 def test_training_is_averaged_and_held_out_points_are_not():
-    figure = policy_plots.policy_curves({"scalar": [metrics(0), metrics(3)]}, "t")
+    figure = policy_plots.policy_curves(logs(scalar=[metrics(0), metrics(3)]), "t")
     ax = figure.axes[0]
     (mean,) = thick(ax)
     assert mean.get_xdata()[0] == 1
@@ -241,15 +246,26 @@ def test_training_is_averaged_and_held_out_points_are_not():
     assert legend(figure) == [ARMS["scalar"].label, "held-out", "SFT (shaded: 95% interval)"]
 
 
+def test_a_run_alone_shows_its_steps_and_its_baseline_beside_the_reward():
+    reward, baseline, *_ = policy_plots.policy_curves(logs(scalar=[metrics()]), "t").axes
+    assert points(reward, ".") == [(step, step) for step in range(1, 17)]
+    dotted = [line for line in reward.lines if line.get_linestyle() == ":"]
+    assert [list(line.get_ydata()) for line in dotted] == [list(range(2, 34, 2))]
+    assert not points(baseline, ".")
+    two = policy_plots.policy_curves(logs(scalar=[metrics()], ordinal=[metrics()]), "t")
+    assert not any(points(ax, ".") for ax in two.axes), "the steps of several hide each other"
+    assert "baseline" not in legend(two)
+
+
 def test_a_seed_that_stopped_does_not_move_the_mean():
-    figure = policy_plots.policy_curves({"scalar": [metrics(0), metrics(9, steps=8)]}, "t")
+    figure = policy_plots.policy_curves(logs(scalar=[metrics(0), metrics(9, steps=8)]), "t")
     (mean,) = thick(figure.axes[1])
     assert mean.get_xdata()[-1] == 8
     assert figure.axes[1].lines[0].get_xdata()[-1] == 16
 
 
 def test_sft_has_a_level_for_each_reward():
-    runs = {"scalar": [metrics()], "ordinal": [metrics(start=-0.4)], "scalar_ema": [metrics()]}
+    runs = logs(scalar=[metrics()], ordinal=[metrics(start=-0.4)], scalar_ema=[metrics()])
     figure = policy_plots.policy_curves(runs, "t")
     levels = [line for line in figure.axes[0].lines if line.get_linestyle() == "--"]
     found = [(line.get_ydata()[0], line.get_color()) for line in levels if len(line.get_ydata())]
@@ -261,7 +277,7 @@ def test_sft_has_a_level_for_each_reward():
 def test_arms_and_columns_that_are_missing_are_left_out():
     short = metrics().drop(columns=["eval_finished", "eval_reward_low", "eval_reward_high"])
     short["entropy"] = math.nan
-    runs = {"scalar": [], "ordinal": [short], "scalar_none": [metrics().head(0)]}
+    runs = logs(scalar=[], ordinal=[short], scalar_none=[metrics().head(0)])
     for make in (policy_plots.policy_curves, policy_plots.baselines_figure):
         figure = make(runs, "t")
         figure.draw_without_rendering()
@@ -273,7 +289,7 @@ def test_arms_and_columns_that_are_missing_are_left_out():
 
 
 def test_baselines_side_by_side():
-    runs = {"scalar": [metrics(), metrics(2)], "scalar_ema": [metrics(3)], "scalar_none": []}
+    runs = logs(scalar=[metrics(), metrics(2)], scalar_ema=[metrics(3)], scalar_none=[])
     figure = policy_plots.baselines_figure(runs, "t")
     titles = ["held-out reward, SFT sd", "sd of advantages, SFT sd", "gradient norm"]
     assert [ax.get_title("left") for ax in figure.axes] == titles
@@ -339,7 +355,7 @@ def test_a_gain_whose_interval_holds_zero_is_hollow():
     (ax,) = policy_plots.policy_bars(table, "scalar", "t").axes
     assert [line.get_markerfacecolor() for line in lines(ax)] == ["white", look.ORANGE]
     assert spans(ax) == [pytest.approx([-0.1, 0.4]), pytest.approx([0.4, 0.9])]
-    table.loc[0, policy_look.ends("gain_scalar")] = math.nan
+    table.loc[0, ends("gain_scalar")] = math.nan
     policy_plots.policy_bars(table, "scalar", "t").draw_without_rendering()
 
 

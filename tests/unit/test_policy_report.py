@@ -20,20 +20,21 @@ from utils.policy_report import (
     policy_category_table,
     policy_table,
     seed_table,
+    target_table,
     temperature_table,
 )
 from utils.policy_runs import (
     arms_of,
     extremes,
     frame_of,
-    frontier_table,
-    peak_table,
+    missing_policies,
+    panel,
     policies_of,
     policy_frames,
     rewards_of,
     seeds_of,
 )
-from utils.results import ResultsError, append_csv, read_jsonl, write_json, write_jsonl
+from utils.results import ResultsError, read_jsonl, write_json, write_jsonl
 from utils.widgets import samples_html
 
 SAMPLES = 400
@@ -70,6 +71,12 @@ def write_evaluation(results, name, frame, temperature=0.7, **changes):
     write_jsonl(folder / "samples.jsonl", frame.drop(columns="temperature").to_dict("records"))
 
 
+def write_controls(results):
+    for name in ("sft", "sft_best", "sft_greedy"):
+        write_evaluation(results, name, SFT)
+    write_evaluation(results, "sft_pool", evaluation(range(12)))
+
+
 def triple(row, name):
     return tuple(row[f"{name}{end}"] for end in ("", "_low", "_high"))
 
@@ -103,21 +110,20 @@ def test_evaluations_as_published(tmp_path):
     write_evaluation(tmp_path, "scalar_s2_greedy", SFT, 0.0)
     write_evaluation(tmp_path, "scalar_s2@0123", SFT, status="running")
     write_evaluation(tmp_path, "ordinal_s0", SFT)
-    write_evaluation(tmp_path, "sft_pool", evaluation(range(12)))
     write_evaluation(tmp_path, "sft_16bit", SFT.assign(kl=math.nan))
-    write_evaluation(tmp_path, "sft", SFT)
+    write_controls(tmp_path)
     found = policy_frames(tmp_path)
     pd.testing.assert_frame_equal(found["sft"], SFT, check_dtype=False)
     assert next(iter(found)) == "sft"
     assert arms_of(found) == ["ordinal", "scalar"]
-    controls = ["sft", "scalar_s2_greedy", "sft_16bit"]
+    controls = ["sft", "scalar_s2_greedy", "sft_16bit", "sft_best", "sft_greedy"]
     assert policies_of(found) == ["ordinal", "scalar", *controls]
     assert [*seeds_of(found, "scalar")] == [2, 10]
     assert [*seeds_of(found, "sft_16bit")] == [None]
     assert found["sft_16bit"]["kl"].isna().all()
     assert found["scalar_s2_greedy"]["temperature"].eq(0).all()
-    with pytest.raises(ResultsError, match="no evaluation of 'sft_best', only of sft, ordinal_s0"):
-        frame_of(found, "sft_best")
+    with pytest.raises(ResultsError, match="no evaluation of 'sft_4bit', only of sft, ordinal_s0"):
+        frame_of(found, "sft_4bit")
 
 
 def test_own_rewards():
@@ -138,16 +144,30 @@ def test_own_rewards():
     ],
 )
 def test_evaluations_that_do_not_compare_are_named(tmp_path, frame, changes, message):
-    write_evaluation(tmp_path, "sft", SFT)
+    write_controls(tmp_path)
     write_evaluation(tmp_path, "scalar_s0", frame, **changes)
     with pytest.raises(ResultsError, match=message):
         policy_frames(tmp_path)
 
 
-def test_without_the_sft_model_nothing_compares(tmp_path):
+def test_without_a_control_or_a_policy_nothing_compares(tmp_path):
+    write_controls(tmp_path)
+    assert policy_frames(tmp_path) == {}, "controls alone"
     write_evaluation(tmp_path, "scalar_s0", SFT)
-    with pytest.raises(ResultsError, match="publish cpu-test_sft, which `python -m"):
-        policy_frames(tmp_path)
+    found = policy_frames(tmp_path)
+    assert len(found) == 5
+    missing = missing_policies(found)
+    assert missing[:3] == ["scalar_s1", "scalar_s2", "ordinal_s0"]
+    assert missing[-3:] == ["sft_16bit", "scalar_s0_greedy", "ordinal_s0_greedy"]
+    (tmp_path / "cpu-test_sft_greedy").rename(tmp_path / "away")
+    assert policy_frames(tmp_path) == {}
+    assert {"sft", "scalar_s0", "sft_pool"} <= {*missing_policies({})}
+
+
+def test_tables_of_nothing_are_empty():
+    tables = (policy_table, seed_table, best_of_n_table, policy_category_table, temperature_table)
+    for table in (*tables, length_table, regression_table, level_table):
+        assert table({}, SAMPLES).empty, table.__name__
 
 
 # All policies
@@ -244,7 +264,7 @@ def test_best_of_n_by_hand(frames):
     judge = [0.0, 0, 6, 0, 1, 1, 7, 1, 2, 2, 8, 2]
     pool = evaluation(judge, reward_scalar=proxy, length=[10, 20, 30, 40] * 3)
     pool["finished"] = [True, True, True, False] * 3
-    table = best_of_n_table(pool, SAMPLES, proxies=["scalar"], ns=[1, 2, 4])
+    table = best_of_n_table({"sft_pool": pool}, SAMPLES, proxies=["scalar"], ns=[1, 2, 4])
     assert table["kl"].tolist() == pytest.approx([0, math.log(2) - 0.5, math.log(4) - 0.75])
     assert table["sqrt_kl"].tolist() == pytest.approx([k**0.5 for k in table["kl"]])
     assert table["reward"].tolist() == pytest.approx([1.5, (1 + 2 * 2 + 3 * 3) / 6, 3])
@@ -254,6 +274,59 @@ def test_best_of_n_by_hand(frames):
     assert table["finished"].tolist() == pytest.approx([0.75, 0.5, 0])
     assert triple(table.loc[1], "judge_gain") == pytest.approx((0.5, 0.5, 0.5)), "paired"
     assert table.loc[1, "judge_low"] < 3 < table.loc[1, "judge_high"], "over prompts"
+
+
+# Targets
+
+
+def measured(**changes):
+    """A policy's row and its gain at equal length; all targets are just reached."""
+    row = {"policy": "scalar", "kl": 10.0, "win_rate": 0.75, "win_rate_best": 0.65}
+    row |= {"distinct2_ratio": 0.85, "distinct2_ratio_words": 0.85}
+    row |= {"gain_scalar": 1.3, "gain_scalar_low": 1.0, "gain_scalar_high": 1.6}
+    row |= {"gain_judge": 0.2, "gain_judge_low": 0.01, "gain_judge_high": 0.4}
+    row |= {"gain_ordinal": 9.0, "gain_ordinal_low": 9.0, "gain_ordinal_high": 9.0}
+    equal = {"policy": "scalar", "reward": "judge", "method": "length", "value": 0.3}
+    equal |= {"low": 0.05, "high": 0.5}
+    raw = equal | {"method": "raw", "value": -7.0, "low": -8.0}
+    own = equal | {"reward": "own", "value": -7.0, "low": -8.0}
+    for name, value in changes.items():
+        (equal if name in equal else row)[name] = value
+    other = [entry | {"policy": "scalar_ema"} for entry in (row, equal)]
+    return pd.DataFrame([row, other[0]]), pd.DataFrame([raw, own, equal, other[1]])
+
+
+def test_targets_at_their_bounds():
+    table = target_table(*measured())
+    assert len(table) == 8, "one arm of the two that the report is about"
+    assert table["reached"].all()
+    rows = table.set_index("target")
+    own = rows.loc["gain under its own reward model"]
+    assert (own["value"], own["low"], own["high"]) == (1.3, 1.0, 1.6)
+    assert own["wanted"] == "at least 1.30"
+    equal = rows.loc["gain under the judge at equal length, interval"]
+    assert (equal["value"], equal["low"], equal["wanted"]) == (0.3, 0.05, "above 0.00")
+    assert math.isnan(rows.loc["KL, nats", "low"])
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "target"),
+    [
+        ("gain_scalar", 1.29, "gain under its own reward model"),
+        ("gain_judge_low", 0.0, "gain under the judge, interval"),
+        ("win_rate_best", 0.6, "the same, against SFT at its best temperature"),
+        ("kl", 10.1, "KL, nats"),
+        ("low", -0.01, "gain under the judge at equal length, interval"),
+        ("distinct2_ratio_words", 0.8, "the same over an equal number of words"),
+    ],
+)
+def test_one_target_is_missed(column, value, target):
+    table = target_table(*measured(**{column: value}))
+    assert table.loc[~table["reached"], "target"].tolist() == [target]
+
+
+def test_no_targets_of_nothing():
+    assert target_table(pd.DataFrame(), pd.DataFrame()).empty
 
 
 # Equal length
@@ -353,24 +426,46 @@ def test_levels_seed_by_seed(frames):
     frames["ordinal_s1"] = evaluation([4.0, 5, 3, 4, 4, 5], length=30, kl=4.0)
     frames["ordinal_s7"] = evaluation([99.0] * 6)
     frames["ordinal_s1"].loc[2:3, "length"] = 90
-    rows = level_table(frames, SAMPLES).set_index("method")
+    table = level_table(frames, SAMPLES)
+    assert {*zip(table["first"], table["second"], strict=True)} == {("scalar", "ordinal")}
+    rows = table.set_index("method")
     raw = rows.loc["raw"]
     # Each seed gains 1 on p0 over its own twin; with the other seed it would be 3 or -1.
     assert (raw["value"], raw["low"], raw["high"]) == pytest.approx((1 / 3, 0, 1))
     assert (raw["seed_sd"], raw["seeds_agree"], raw["seeds"]) == (0, True, 2)
-    assert (raw["kl_scalar"], raw["kl_ordinal"]) == (2, 4)
-    assert (raw["length_scalar"], raw["length_ordinal"]) == (20, 30)
+    assert (raw["kl_first"], raw["kl_second"]) == (2, 4)
+    assert (raw["length_first"], raw["length_second"]) == (20, 30)
     assert rows["n"].tolist() == [3, 0, 0, 3], "no match within six tokens of 10, 30 or 90"
     frames["sft_pool"] = pd.concat([frames["sft_pool"], frames["sft_pool"].assign(length=10)])
     frames["sft_pool"] = frames["sft_pool"].sort_values("prompt_id", kind="stable")
     frames["sft_pool"] = frames["sft_pool"].reset_index(drop=True)
     near = level_table(frames, SAMPLES).set_index("method").loc["length"]
     assert near["value"] == pytest.approx(1 / 3), "the first seed alone has matches for both"
-    with pytest.raises(ResultsError, match="'scalar' and 'sft' have no seed in common"):
-        level_table(frames, SAMPLES, "scalar", "sft")
+    frames["ordinal_cautious_s1"] = frames["ordinal_s0"].assign(reward_judge=0.0)
+    pairs = level_table(frames, SAMPLES).groupby(["first", "second"], sort=False)["value"].first()
+    assert [*pairs.index] == [("scalar", "ordinal"), ("ordinal", "ordinal_cautious")]
+    assert pairs.iloc[1] == pytest.approx(-25 / 6), "against seed 1 alone"
+    frames["ordinal_beats_sft_s5"] = frames["ordinal_s0"]
+    with pytest.raises(ResultsError, match="'ordinal' and 'ordinal_beats_sft' have no seed in com"):
+        level_table(frames, SAMPLES)
 
 
 # Samples
+
+
+def test_a_panel_takes_each_category_in_turn(frames):
+    table = panel(frames, ["sft", "scalar_s1"], prompts=2)
+    assert table["prompt_id"].tolist() == ["p0", "p1"], "a, b; not the second of b"
+    facts = ["response", "reward_scalar", "reward_ordinal", "reward_judge", "kl", "length"]
+    names = [f"{fact} [{name}]" for name in ("sft", "scalar_s1") for fact in facts]
+    assert [*table] == ["prompt_id", "category", "prompt", *names]
+    assert table["response [scalar_s1]"].tolist() == ["answer 3.0 to 0", "answer 3.0 to 1"]
+    assert table["reward_judge [sft]"].tolist() == [0, 2], "the first sample of each"
+    frames["sft"] = frames["sft"].assign(category=["b"] * 4 + ["a"] * 2, kl=0.123)
+    assert panel(frames, ["sft"], prompts=2)["prompt_id"].tolist() == ["p0", "p2"]
+    plain = panel({"sft": frames["sft"].assign(category=None)}, ["sft"])
+    assert plain["category"].tolist() == ["no category"] * 3
+    assert plain["kl [sft]"].tolist() == [0.1] * 3
 
 
 def test_extremes(frames):
@@ -389,70 +484,6 @@ def test_extremes(frames):
     html = samples_html(table)
     assert "answer 6.0 to 0" in html
     assert "reward_judge" in html
-
-
-# Training curves
-
-
-def write_training(results, name, rows, **changes):
-    folder = results / f"cpu-align_{name}"
-    seed = int(name.rpartition("_s")[2])
-    write_json(folder / "run.json", RUN | {"seed": seed} | changes)
-    for row in rows:
-        append_csv(folder / "metrics.csv", row)
-
-
-def curve(rewards, judges):
-    """An evaluation every second step, with a step between that has none."""
-    rows = []
-    for place, (reward, judge) in enumerate(zip(rewards, judges, strict=True)):
-        ends = {"eval_reward_low": reward - 0.5, "eval_reward_high": reward + 0.5}
-        measured = {"eval_reward": reward, **ends, "eval_kl": place**2 - 0.01, "eval_judge": judge}
-        training = {"reward": None, "kl": None}
-        rows.append({"step": 2 * place, **training, **measured, "eval_mean_length": 50.0})
-        training = {"reward": 9.0, "kl": 7.0}
-        rows.append({"step": 2 * place + 1, **training, **dict.fromkeys(measured)})
-        rows[-1]["eval_mean_length"] = None
-    return rows
-
-
-def test_frontier_and_where_it_parts(tmp_path):
-    write_training(tmp_path, "ordinal_beats_sft_s0", curve([0.0, 1, 2, 3], [0.0, 2, 2, 1]))
-    write_training(tmp_path, "scalar_s10", curve([0.0, 1, 0.5], [0.0, 0.5, 0.75]))
-    write_training(tmp_path, "scalar_s2", curve([0.0, 1, 2], [0.0, 0.5, 0.75]))
-    table = frontier_table(tmp_path)
-    arms = ["ordinal_beats_sft"] * 4 + ["scalar"] * 6
-    assert table["arm"].tolist() == arms
-    assert table["seed"].tolist() == [0] * 4 + [2] * 3 + [10] * 3
-    assert table["step"].tolist() == [0, 2, 4, 6, 0, 2, 4, 0, 2, 4]
-    assert table["sqrt_kl"][0] == 0, "an estimate below zero has no root"
-    assert table["sqrt_kl"][2] == pytest.approx(math.sqrt(3.99))
-    assert table.loc[3, ["reward", "reward_low", "reward_high", "judge"]].tolist() == [
-        3,
-        2.5,
-        3.5,
-        1,
-    ]
-    ordinal, second, tenth = peak_table(table).to_dict("records")
-    assert (ordinal["reward_step"], ordinal["judge_step"]) == (6, 2), "the first of equal maxima"
-    assert (ordinal["judge_max"], ordinal["judge_at_reward_max"], ordinal["judge_last"]) == (
-        2,
-        1,
-        1,
-    )
-    assert ordinal["judge_kl"] == pytest.approx(0.99)
-    assert [row["parted"] for row in (ordinal, second, tenth)] == [True, False, False]
-
-
-def test_training_runs_that_cannot_be_used_are_named(tmp_path):
-    assert frontier_table(tmp_path).empty
-    rows = [{k: v for k, v in row.items() if k != "eval_judge"} for row in curve([0.0], [0.0])]
-    write_training(tmp_path, "scalar_s0", rows)
-    with pytest.raises(ResultsError, match="cpu-align_scalar_s0 was not evaluated by the judge"):
-        frontier_table(tmp_path)
-    write_training(tmp_path, "ordinal_s1", curve([0.0], [0.0]), seed=0)
-    with pytest.raises(ResultsError, match="cpu-align_ordinal_s1 was trained with seed 0"):
-        frontier_table(tmp_path)
 
 
 # Real data
@@ -482,5 +513,5 @@ def test_the_tables_of_real_evaluations(tmp_path):
     assert len(length_table(frames, 50)) == 4 * (2 * 2 + 3)
     assert len(seed_table(frames, 50)) == 2
     assert level_table(frames, 50)["method"].tolist()[0] == "raw"
-    assert best_of_n_table(frames["sft_pool"], 50, ns=[2, 4])["judge_gain"].abs().max() < 1e-9
+    assert best_of_n_table(frames, 50, ns=[2, 4])["judge_gain"].abs().max() < 1e-9
     assert len(extremes(frames, "ordinal_s0")) == 30

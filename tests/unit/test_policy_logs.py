@@ -1,0 +1,236 @@
+"""Training logs of policies and what is said of them, from small made-up runs."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from utils import policy_logs
+from utils.policy_arms import ARMS, READOUTS, SETTINGS, policy_profile, settings_table
+from utils.policy_logs import (
+    baseline_table,
+    frontier_table,
+    missing_logs,
+    missing_trials,
+    peak_table,
+    readout_table,
+    training_logs,
+    trial_table,
+)
+from utils.policy_training_words import (
+    baseline_words,
+    curve_words,
+    held_out_words,
+    peak_words,
+    readout_words,
+)
+from utils.profiles import with_fields
+from utils.published_runs import seed_runs
+from utils.results import ResultsError, append_csv, write_json
+
+RUN = {"status": "finished", "seed": 0, "config": {}, "data_fingerprint": "f" * 16, "seconds": 9.0}
+
+
+def curve(rewards, judges, **columns):
+    """An evaluation every second step, with a step between that has none."""
+    rows = []
+    for place, (reward, judge) in enumerate(zip(rewards, judges, strict=True)):
+        ends = {"eval_reward_low": reward - 0.5, "eval_reward_high": reward + 0.5}
+        measured = {"eval_reward": reward, **ends, "eval_kl": place**2 - 0.01, "eval_judge": judge}
+        measured |= {"eval_mean_length": 50.0 - place}
+        sizes = {"objective": 5.0, "baseline": 1.0, "advantage_std": 3.0, "grad_norm": 10.0}
+        training = {"reward": 9.0, "kl": 7.0, **sizes, **columns}
+        rows.append({"step": 2 * place, **dict.fromkeys(training), **measured})
+        rows.append({"step": 2 * place + 1, **training, **dict.fromkeys(measured)})
+    return pd.DataFrame(rows).astype(float)
+
+
+def write_run(results, name, log=None, **changes):
+    folder = results / f"cpu-{name}"
+    write_json(folder / "run.json", RUN | changes)
+    for row in (curve([0.0], [0.0]) if log is None else log).to_dict("records"):
+        append_csv(folder / "metrics.csv", {k: None if v != v else v for k, v in row.items()})
+
+
+# Reading
+
+
+def test_logs_by_arm_and_seed(tmp_path):
+    for seed in (10, 2):
+        write_run(tmp_path, f"align_scalar_s{seed}", curve([0.0, seed], [0.0, 1.0]), seed=seed)
+    write_run(tmp_path, "align_scalar_ema_s0")
+    logs = training_logs(tmp_path, "scalar", "ordinal")
+    assert {arm: [*own] for arm, own in logs.items()} == {"scalar": [2, 10], "ordinal": []}
+    assert logs["scalar"][10]["eval_reward"].max() == 10
+    scalar, ordinal = ARMS["scalar"].label, ARMS["ordinal"].label
+    assert missing_logs(logs) == [f"{scalar}, seed 0, 1", f"{ordinal}, seed 0, 1, 2"]
+    assert missing_logs(training_logs(tmp_path, "scalar_ema")) == []
+
+
+def test_runs_that_cannot_be_used_are_named(tmp_path):
+    write_run(tmp_path, "align_scalar_s1")
+    with pytest.raises(ResultsError, match="cpu-align_scalar_s1 was trained with seed 0"):
+        training_logs(tmp_path, "scalar")
+    write_run(tmp_path, "align_ordinal_s0", status="running")
+    with pytest.raises(ResultsError, match="cpu-align_ordinal_s0 is not finished, its status is"):
+        seed_runs(tmp_path, "align_ordinal")
+
+
+def test_trials(tmp_path, monkeypatch):
+    rate, beta = "reinforce.learning_rate", "reinforce.beta"
+    trials = {"a": {rate: 1.0, beta: 0.5}, "b": {rate: SETTINGS[rate]}, "c": {}}
+    monkeypatch.setattr(policy_logs, "TRIALS", trials)
+    assert trial_table(tmp_path).empty
+    assert missing_trials(trial_table(tmp_path)) == ["a", "b", "c"]
+    for name in ("b", "a"):
+        config = SETTINGS | trials[name]
+        write_run(tmp_path, f"trial_{name}", curve([0.0, 0.75], [0.0, 0.5]), config=config)
+    rows = trial_table(tmp_path).set_index("trial")
+    assert rows["chosen"].to_dict() == {"a": False, "b": True}
+    assert rows[rate].tolist() == [1.0, SETTINGS[rate]]
+    assert rows[["step", "eval_reward", "eval_judge"]].to_numpy().tolist() == [[2, 0.75, 0.5]] * 2
+    assert missing_trials(trial_table(tmp_path)) == ["c"]
+
+
+def test_settings_that_differ_from_the_study():
+    study = policy_profile("scalar", 0)
+    assert settings_table(study).empty
+    other = with_fields(study, {"reinforce.beta": 0.7, "reward.epochs": 9.0})
+    table = settings_table(other)
+    assert table.loc["reinforce.beta"].tolist() == ["0.7", str(study.reinforce.beta)]
+    assert len(table) == 1, "the reward model is another matter"
+
+
+# Baselines and readouts
+
+
+def baselines():
+    """The running mean gains 2 and 4, so half of it is 1.5."""
+    return {
+        "scalar": {0: curve([1.0, 2, 3], [0, 0, 0]), 1: curve([1.0, 3, 5], [0, 0, 0])},
+        "scalar_ema": {0: curve([0.0, 1.4, 1.5], [0, 0, 0], baseline=5.0)},
+        "scalar_none": {0: curve([0.0, 9, 1], [0, 0, 0], grad_norm=20.0)},
+    }
+
+
+def test_baselines():
+    rows = baseline_table(baselines())
+    assert rows["gain"].tolist() == [2, 4, 1.5, 1]
+    assert rows["half_step"].tolist() == [4, 2, 4, 2], "2 less 1 is not yet 1.5"
+    assert rows["baseline"].tolist() == ["running mean"] * 2 + ["EMA", "no baseline"]
+    assert rows["advantage_rms"].tolist() == pytest.approx([5, 5, 3, 5]), "3 and the mean 4 or 0"
+    assert rows["advantage_std"].tolist() == [3] * 4
+    never = baselines() | {"scalar_ema": {0: curve([0.0, 1], [0, 0])}}
+    assert math.isnan(baseline_table(never).loc[2, "half_step"])
+    alone = baseline_table({"scalar": {}, "scalar_ema": baselines()["scalar_ema"]})
+    assert alone["half_step"].isna().all()
+    lost = {"scalar": {0: curve([1.0, 0], [0, 0])}}
+    assert baseline_table(lost)["half_step"].isna().all(), "there is no half of a loss"
+
+
+def test_baselines_in_words():
+    ema, none = baseline_words(baseline_table(baselines())).split("\n")
+    assert ema == (
+        "- **EMA** gains less (gain 1.50; running mean 2.00 to 4.00), is as fast (half_step 4.00; "
+        "running mean 2.00 to 4.00), has smaller advantages (advantage_rms 3.00; running mean 5.00 "
+        "to 5.00), and a like gradient norm (grad_norm 10.00; running mean 10.00 to 10.00)."
+    )
+    assert "has advantages alike" in none
+    assert "a larger gradient norm (grad_norm 20.00" in none
+    never = baseline_table(baselines() | {"scalar_none": {0: curve([0.0, 1], [0, 0])}})
+    assert "is slower (half_step never; running mean 2.00 to 4.00)" in baseline_words(never)
+
+
+@pytest.mark.parametrize(
+    "logs",
+    [
+        {},
+        {"scalar": {}, "scalar_ema": baselines()["scalar_ema"]},
+        baselines() | {"scalar": {0: curve([1.0, 0], [0, 0])}},
+    ],
+)
+def test_no_baselines_to_compare(logs):
+    assert baseline_words(baseline_table(logs)).startswith("There is nothing to compare: runs are")
+
+
+def test_readouts():
+    logs = {arm: {0: curve([0.0, 1], [0.0, 0.5])} for arm in READOUTS}
+    logs["ordinal"][1] = curve([0.0, 2], [0.0, 0.25])
+    logs["ordinal_cautious"][0]["eval_judge"] += 1
+    logs["ordinal_beats_sft"][0]["eval_reward"] -= 3
+    table = readout_table(logs)
+    assert table["seed"].tolist() == [0, 1, 0, 0]
+    assert table.loc[1, ["step", "eval_reward", "eval_judge"]].tolist() == [2, 2, 0.25]
+    assert table["eval_distinct_2"].isna().all(), "not measured"
+    cautious, beats = readout_words(table).split("\n")
+    assert cautious == (
+        f"- **{ARMS['ordinal_cautious'].label}**, against the seeds of the mean: mean rating 1.00, "
+        "within 1.00 to 2.00; judge 1.50, above 0.25 to 0.50; KL 0.99, within 0.99 to 0.99; "
+        "length 49.00, within 49.00 to 49.00."
+    )
+    assert "mean rating -2.00, below 1.00 to 2.00" in beats
+    nothing = "There is nothing to compare yet: runs are missing."
+    assert readout_words(readout_table(logs | {"ordinal": {}})) == nothing
+    assert readout_words(readout_table({})) == nothing
+
+
+# Curves
+
+
+def test_held_out_rewards_in_words():
+    logs = {3: curve([0.0, 2, 1.5], [0.5, 1.25, 1]), 4: curve([0.0, 9, -2], [0, -1, -2])}
+    rose, fell = held_out_words(logs).split("\n")
+    assert rose == (
+        "- Seed 3: held-out reward +0.00 at step 0, **+1.50** [+1.00, +2.00] at step 4: the "
+        "intervals are apart, above the start. Judge +0.50 to +1.00, highest (+1.25) at step 2. "
+        "KL 4.0 nats, length 50 to 48 tokens."
+    )
+    assert "are apart, below the start. Judge +0.00 to -2.00, highest (+0.00) at step 0" in fell
+    judged = curve([0.0, 1], [math.nan, math.nan])  # the intervals touch
+    assert "the intervals overlap. KL 1.0 nats" in held_out_words({0: judged})
+    assert held_out_words({}) == "No run is published yet."
+
+
+def test_gains_of_the_curves_in_words():
+    text = curve_words({"scalar": {0: curve([0.5, 2, 1], [0, 0, 0])}, "ordinal": {}})
+    assert text.split("\n") == [
+        f"- {ARMS['scalar'].label}: from step 0 to the end +0.50, at best +1.50, seed by seed.",
+        f"- {ARMS['ordinal'].label}: not published yet.",
+    ]
+
+
+def test_frontier_and_where_it_parts():
+    logs = {
+        "ordinal_beats_sft": {0: curve([0.0, 1, 2, 3], [0.0, 2, 2, 1])},
+        "scalar": {
+            2: curve([0.0, 1, 2], [0.0, 0.5, 0.75]),
+            10: curve([0.0, 1, 0.5], [0.0, 0.5, 0.75]),
+        },
+    }
+    table = frontier_table(logs)
+    assert table["arm"].tolist() == ["ordinal_beats_sft"] * 4 + ["scalar"] * 6
+    assert table["seed"].tolist() == [0] * 4 + [2] * 3 + [10] * 3
+    assert table["step"].tolist() == [0, 2, 4, 6, 0, 2, 4, 0, 2, 4]
+    assert table["sqrt_kl"][0] == 0, "an estimate below zero has no root"
+    assert table["sqrt_kl"][2] == pytest.approx(math.sqrt(3.99))
+    columns = ["reward", "reward_low", "reward_high", "judge", "length"]
+    assert table.loc[3, columns].tolist() == [3, 2.5, 3.5, 1, 47]
+    ordinal, second, tenth = peak_table(table).to_dict("records")
+    assert (ordinal["reward_step"], ordinal["judge_step"]) == (6, 2), "the first of equal maxima"
+    maxima = ("judge_max", "judge_at_reward_max", "judge_last")
+    assert [ordinal[name] for name in maxima] == [2, 1, 1]
+    assert ordinal["judge_kl"] == pytest.approx(0.99)
+    assert [row["parted"] for row in (ordinal, second, tenth)] == [True, False, False]
+    first, other = peak_words(peak_table(table)).split("\n")
+    assert "part in 1 of 1 runs; from its highest point to the end the judge loses 1.00." in first
+    assert "part in 0 of 2 runs" in other
+    assert other.endswith("the judge loses 0.00, 0.00.")
+
+
+def test_no_frontier_without_runs_or_a_judge():
+    table = frontier_table({"scalar": {}})
+    assert table.empty
+    assert peak_words(peak_table(table)) == "No run is published yet."
+    log = curve([0.0], [0.0]).drop(columns="eval_judge")
+    with pytest.raises(ResultsError, match="cpu-align_scalar_s0 was not evaluated by the judge"):
+        frontier_table({"scalar": {0: log}})

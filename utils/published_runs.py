@@ -1,0 +1,41 @@
+"""What both studies ask of a published run: that it is finished, and of the seed in its name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from utils.results import ResultsError, Run, read_json
+
+PROFILE = "cpu"  # the profile that the arms vary; it starts the names of their folders
+
+
+def finished_run(path: Path, seed: int | None = None) -> Run:
+    """Return the published run in a folder.
+
+    Raises:
+        ResultsError: if it is not finished, or has another seed than `seed`, that of its name.
+    """
+    info = read_json(path / "run.json")
+    if info["status"] != "finished":
+        raise ResultsError(
+            f"{path.name} is not finished, its status is {info['status']!r}: let it finish and "
+            "publish it again, or remove its folder"
+        )
+    if seed not in (None, info["seed"]):
+        raise ResultsError(
+            f"{path.name} was trained with seed {info['seed']}: name its folder after that "
+            f"seed, or publish the run with seed {seed}"
+        )
+    return Run(path, info["config"], info["seed"], info["data_fingerprint"])
+
+
+def seed_runs(results: Path, name: str) -> dict[int, Run]:
+    """Return the runs in the folders `cpu-<name>_s<seed>`, by seed; empty if there is none.
+
+    Raises:
+        ResultsError: if a run is not finished, or has another seed than its name says.
+    """
+    pattern = re.compile(rf"{PROFILE}-{re.escape(name)}_s(\d+)")
+    found = {int(m[1]): path for path in results.glob("*") if (m := pattern.fullmatch(path.name))}
+    return {seed: finished_run(path, seed) for seed, path in sorted(found.items())}
