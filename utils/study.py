@@ -49,6 +49,7 @@ PLACKETT_LUCE = {"reward.scalar_loss": "plackett_luce"}
 LIGHT = {"reward.reference_weight": 0.1}
 SAMPLES = {"reward.reference_weight": 0.0}
 BITS16 = {"model.quantization": "none"}
+STRONG = {**PLACKETT_LUCE, **BITS16, "reward.first_layer": 0}
 ARMS: dict[str, Arm] = {
     "margin": Arm("scalar", "Bradley-Terry with margin", seeds=HEADLINE_SEEDS),
     "pairwise": Arm("ordinal", "ten classes, pairwise", seeds=HEADLINE_SEEDS),
@@ -73,6 +74,10 @@ ARMS: dict[str, Arm] = {
     "ties_half": Arm("ordinal", "ten classes, ties half", {"reward.ordinal_loss": "ties_half"}),
     "soft": Arm("ordinal", "ten classes, soft targets", {"reward.ordinal_loss": "soft_classes"}),
     "bits16": Arm("scalar", "with margin, LoRA on 16 bits", BITS16),
+    "strong": Arm("scalar", "Plackett-Luce, 16 bits, all layers", STRONG),
+    "strong_light": Arm(
+        "scalar", "Plackett-Luce, 16 bits, all layers, references count .1", {**STRONG, **LIGHT}
+    ),
     "full_tuning": Arm(
         "scalar",
         "with margin, full tuning, 16 bits",
