@@ -44,7 +44,7 @@ def reliability_curves(
     axes[0].set(xlim=(0.48, 1.02), ylim=(min([0.45, *(low - 0.03 for low in lows)]), 1.03))
     fig.supxlabel("confidence: the larger of P(A beats B) and P(B beats A)", fontsize=10)
     fig.supylabel("accuracy (line: 95% interval)", fontsize=10)
-    look.legend_below(fig, axes[0])
+    axes[0].legend(loc="upper left")  # below the figure it would cover the label of the axes
     return fig
 
 
