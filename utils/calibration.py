@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from utils.evaluation import cluster_draws, clustered_interval, percentile_interval
+from utils.intervals import cluster_draws, clustered_interval, percentile_interval
 from utils.losses import CLASSES, rating_entropy
 
 CHUNK = 250  # resamples at a time: small enough for the processor's cache

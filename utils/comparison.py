@@ -12,7 +12,8 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from utils.config import Profile
-from utils.evaluation import Scorer, clustered_interval, compare, evaluate_policy
+from utils.evaluation import Scorer, compare, evaluate_policy
+from utils.intervals import clustered_interval
 from utils.pipeline import (
     ALIGN_FIELDS,
     align_stage,

@@ -1,4 +1,4 @@
-"""Held-out evaluation: paired statistics, text statistics, and policies on the same prompts."""
+"""Held-out evaluation: text statistics, and policies compared on the same prompts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.config import Profile
 from utils.data import Prompt
+from utils.intervals import clustered_interval
 from utils.rollout import Rollout, batched_logprobs, sample, sampling_noise
 from utils.weights import encode_prompt
 
@@ -28,60 +29,6 @@ class Scorer(Protocol):
         finished: Sequence[bool],
     ) -> Tensor:
         """Return raw rewards, fp32 on the CPU, shape (rows,)."""
-
-
-def clustered_interval(
-    values: Sequence[float], clusters: Sequence[str], samples: int, seed: int = 0
-) -> dict[str, float]:
-    """Mean with a 95% percentile bootstrap interval that resamples clusters, not rows.
-
-    Several pairs or samples of one prompt are not independent; resampling prompts says how the
-    mean would vary over new prompts (Efron and Tibshirani 1993, chapter 13; Field and Welsh 2007).
-
-    Args:
-        values: one number per row.
-        clusters: the prompt of each row.
-        samples: bootstrap resamples.
-        seed: of the resampling.
-
-    Returns:
-        `value`, `low`, `high` and `n`, the number of rows.
-    """
-    cluster, drawn = cluster_draws(clusters, samples, seed)
-    by_cluster = pd.Series(np.asarray(values, dtype=float)).groupby(cluster)
-    total, count = (drawn @ by_cluster.agg(["sum", "count"]).to_numpy()).T
-    return {**percentile_interval(total / count), "n": len(cluster)}
-
-
-def cluster_draws(
-    clusters: Sequence[str], samples: int, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Resample clusters with replacement.
-
-    Returns:
-        The cluster of each row, 0.., shape (rows,); and how often each is drawn, shape
-        (1 + samples, clusters), once in the first row, which is the sample as it is.
-    """
-    names, cluster = np.unique(list(clusters), return_inverse=True)
-    picks = np.random.default_rng(seed).integers(0, len(names), (samples, len(names)))
-    flat = picks + len(names) * np.arange(samples)[:, None]
-    drawn = np.bincount(flat.ravel(), minlength=flat.size).reshape(flat.shape)
-    return cluster, np.vstack([np.ones_like(drawn[:1]), drawn])
-
-
-def percentile_interval(
-    draws: np.ndarray, name: str = "value", prefix: str = ""
-) -> dict[str, float]:
-    """Return a statistic, by `name`, and its 95% percentile interval, `low` and `high`.
-
-    Args:
-        draws: the statistic for each row of `cluster_draws`; resamples with NaN are left out.
-        name: of the statistic.
-        prefix: of the names of the ends.
-    """
-    ends = draws[1:][~np.isnan(draws[1:])]
-    low, high = np.quantile(ends, [0.025, 0.975]) if len(ends) else (np.nan, np.nan)
-    return {name: float(draws[0]), f"{prefix}low": float(low), f"{prefix}high": float(high)}
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:

@@ -25,7 +25,7 @@ from torch import Tensor
 from utils.config import Profile
 from utils.data import Group, Pair, PreferenceData, Prompt
 from utils.environment import quiet
-from utils.evaluation import clustered_interval
+from utils.intervals import clustered_interval
 from utils.pipeline import REWARD_FIELDS, open_stage, prepared_data, stage_config, train_and_score
 from utils.profiles import with_fields
 from utils.results import Run, read_jsonl, stored

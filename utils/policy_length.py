@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from utils.evaluation import percentile_interval
-from utils.intervals import named
+from utils.intervals import crossed_interval, crossed_sums, mean_or_nan, named, percentile_interval
 from utils.policy_runs import (
     BASE,
     JUDGE,
@@ -24,13 +23,7 @@ from utils.policy_runs import (
     rewards_of,
     seeds_of,
 )
-from utils.policy_stats import (
-    crossed_interval,
-    crossed_sums,
-    mean_or_nan,
-    paired_gains,
-    prompt_means,
-)
+from utils.policy_stats import paired_gains, prompt_means
 from utils.results import ResultsError
 
 NEAR_TOKENS, NEAR_SHARE = 5, 0.2  # how far a match may be in length: the larger of the two

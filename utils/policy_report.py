@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from utils.evaluation import distinct_n
-from utils.intervals import ends, named, named_interval
+from utils.intervals import crossed_interval, ends, named, named_interval
 from utils.policy_arms import HEADLINE
 from utils.policy_runs import (
     BASE,
@@ -31,14 +31,7 @@ from utils.policy_runs import (
     rewards_of,
     seeds_of,
 )
-from utils.policy_stats import (
-    crossed_interval,
-    distinct_of_words,
-    outcomes,
-    paired_gains,
-    pick_weights,
-    prompt_means,
-)
+from utils.policy_stats import distinct_of_words, outcomes, paired_gains, pick_weights, prompt_means
 from utils.targets import target_row
 
 # What was hoped for: the column of the row that `target_table` reads it from, the side and bound.

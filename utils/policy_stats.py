@@ -1,7 +1,7 @@
-"""Statistics of the policy study: prompts and seeds, wins, best of n, equal amounts of text.
+"""Statistics of the policy study: gains by prompt, wins, best of n, equal amounts of text.
 
 The frames here are rows of evaluations, a row per completion in the order of prompts x samples. A
-list of frames holds the seeds of one policy. Intervals are 95% percentile intervals.
+list of frames holds the seeds of one policy.
 """
 
 from __future__ import annotations
@@ -12,59 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from utils.evaluation import cluster_draws, distinct_n, percentile_interval
+from utils.evaluation import distinct_n
 
 TIE = 0.1  # SFT standard deviations; answers whose rewards are closer than this tie
-
-
-def crossed_sums(totals: np.ndarray, samples: int, seed: int = 0) -> np.ndarray:
-    """Sum over seeds and prompts, as they are and over crossed bootstrap resamples.
-
-    Every resample draws prompts with replacement and, independently of them, seeds; a cell counts
-    as often as its prompt was drawn times its seed (Owen 2007, The pigeonhole bootstrap, for
-    crossed random effects). Seeds answer the same prompts, so they are no independent rows. With
-    one seed this is the bootstrap over prompts of `clustered_interval`, draw for draw.
-
-    Of few seeds a bootstrap sees too small a spread: between three, two thirds of the variance.
-
-    Args:
-        totals: shape (seeds, prompts, ...).
-        samples: bootstrap resamples.
-        seed: of the resampling.
-
-    Returns:
-        Shape (1 + samples, ...): the plain sum first.
-    """
-    seeds, prompts = totals.shape[:2]
-    _, prompt_counts = cluster_draws(range(prompts), samples, seed)
-    _, seed_counts = cluster_draws(range(seeds), samples, seed + 1)
-    by_seed = prompt_counts @ totals.swapaxes(0, 1).reshape(prompts, -1)
-    by_seed = by_seed.reshape(1 + samples, seeds, -1)
-    return (seed_counts[:, :, None] * by_seed).sum(1).reshape(1 + samples, *totals.shape[2:])
-
-
-def crossed_interval(values: np.ndarray, samples: int, seed: int = 0) -> dict[str, float]:
-    """Mean over seeds and prompts, with an interval over both; see `crossed_sums`.
-
-    Args:
-        values: shape (seeds, prompts); NaN where there is none.
-        samples: bootstrap resamples.
-        seed: of the resampling.
-
-    Returns:
-        `value`, `low`, `high`; `seed_sd`, the standard deviation between the seeds' means, and
-        `seeds_agree`, whether all of them have the same sign, both NaN for one seed; `seeds`; and
-        `n`, the prompts with a value.
-    """
-    known = ~np.isnan(values)
-    sums = crossed_sums(np.stack([np.where(known, values, 0), known], axis=-1), samples, seed)
-    found = percentile_interval(mean_or_nan(sums[:, 0], sums[:, 1]))
-    spread, agree = math.nan, math.nan
-    if len(values) > 1:
-        means = pd.DataFrame(values).mean(axis=1)
-        spread, agree = float(means.std()), bool((means > 0).all() or (means < 0).all())
-    counts = {"seeds": len(values), "n": int(known.any(axis=0).sum())}
-    return {**found, "seed_sd": spread, "seeds_agree": agree, **counts}
 
 
 def prompt_means(frames: Sequence[pd.DataFrame], values: Sequence[np.ndarray]) -> np.ndarray:
@@ -135,8 +85,3 @@ def pick_weights(scores: np.ndarray, n: int) -> np.ndarray:
     below = (scores[:, None, :] < scores[:, :, None]).sum(-1)
     same = (scores[:, None, :] == scores[:, :, None]).sum(-1)
     return (chances[below + same] - chances[below]) / same
-
-
-def mean_or_nan(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Divide sums by counts; NaN where nothing was counted."""
-    return np.divide(sums, counts, out=np.full_like(sums, math.nan), where=counts > 0)

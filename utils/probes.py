@@ -10,7 +10,7 @@ from random import Random
 import numpy as np
 import pandas as pd
 
-from utils.evaluation import clustered_interval
+from utils.intervals import clustered_interval
 from utils.perturbations import (
     CLOSINGS,
     OPENINGS,

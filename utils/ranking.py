@@ -12,7 +12,7 @@ from torch import Tensor
 
 from utils.config import ReinforceConfig
 from utils.data import Group
-from utils.evaluation import cluster_draws, clustered_interval, percentile_interval
+from utils.intervals import cluster_draws, clustered_interval, percentile_interval
 from utils.losses import (
     CLASSES,
     expected_rating,

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from utils.data import Pair, Response
-from utils.evaluation import clustered_interval
+from utils.intervals import clustered_interval
 from utils.losses import CLASSES, log_win_probability
 from utils.results import Run, read_jsonl
 from utils.rewards import RewardModel, reward_from_logits

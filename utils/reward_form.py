@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from utils.evaluation import cluster_draws, percentile_interval, repetition
+from utils.evaluation import repetition
+from utils.intervals import cluster_draws, percentile_interval
 from utils.sources import PreferenceData
 
 

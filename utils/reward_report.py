@@ -17,8 +17,7 @@ import torch
 
 from utils.calibration import expected_calibration_error
 from utils.data import load_data
-from utils.evaluation import clustered_interval
-from utils.intervals import named
+from utils.intervals import clustered_interval, named
 from utils.losses import bradley_terry_loss, rating_pair_loss
 from utils.profiles import PROFILES
 from utils.published_runs import PROFILE

@@ -12,7 +12,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from utils.data import DataError, Pair, PreferenceData, Response
-from utils.evaluation import clustered_interval
+from utils.intervals import clustered_interval
 
 # The higher value wins; None: the rule has nothing to judge by.
 _VALUES: dict[str, Callable[[Response], float | None]] = {

@@ -16,7 +16,7 @@ from utils.calibration import (
     reliability,
     squeeze,
 )
-from utils.evaluation import clustered_interval
+from utils.intervals import clustered_interval
 
 
 def bets(count, seed=0, believed=lambda c: c):

@@ -1,4 +1,4 @@
-"""Held-out evaluation: intervals over prompts, text statistics, pairing, and pair metrics."""
+"""Held-out evaluation: text statistics, pairing, and pair metrics."""
 
 import dataclasses
 import math
@@ -8,24 +8,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from utils import models, rollout
 from utils.config import EvaluationConfig
 from utils.data import Pair, Prompt
 from utils.evaluation import (
-    cluster_draws,
-    clustered_interval,
     compare,
     distinct_n,
     evaluate_policy,
     held_out_metrics,
-    percentile_interval,
     repetition,
     sequence_kl,
 )
+from utils.intervals import clustered_interval
 from utils.profiles import PROFILES
 from utils.results import write_jsonl
 from utils.reward_evaluation import pair_metrics, response_key, scored_responses
@@ -46,110 +42,8 @@ def draws(count, seed=0):
     return np.random.default_rng(seed).normal(size=count)
 
 
-def width(interval):
-    return interval["high"] - interval["low"]
-
-
 def names(count, copies=1):
     return [f"p{i}" for i in range(count) for _ in range(copies)]
-
-
-# Intervals
-
-
-def test_draws_by_hand():
-    cluster, drawn = cluster_draws(["b", "a", "b", "c"], 500, seed=3)
-    assert cluster.tolist() == [1, 0, 1, 2]
-    assert drawn.shape == (501, 3)
-    assert drawn[0].tolist() == [1, 1, 1], "the first row is the sample as it is"
-    assert set(drawn.sum(axis=1)) == {3}, "as many clusters are drawn as there are"
-    assert drawn[1:].mean(axis=0) == pytest.approx(1, abs=0.15)
-    picks = np.random.default_rng(3).integers(0, 3, (500, 3))
-    assert drawn[7].tolist() == np.bincount(picks[6], minlength=3).tolist()
-
-
-def test_draws_make_the_interval_of_the_rows_repeated():
-    values, clusters = draws(40), names(8, 5)
-    cluster, drawn = cluster_draws(clusters, 200)
-    slow = np.array([np.repeat(values, times[cluster]).mean() for times in drawn])
-    expected = {**percentile_interval(slow), "n": 40}
-    assert clustered_interval(values, clusters, 200) == pytest.approx(expected)
-
-
-def test_percentiles_leave_out_the_sample_and_what_has_no_value():
-    values = np.array([70.0, *range(41), math.nan])
-    assert percentile_interval(values) == {"value": 70, "low": 1, "high": 39}
-    named = percentile_interval(values, "auc", "auc_")
-    assert named == {"auc": 70, "auc_low": 1, "auc_high": 39}
-    none = percentile_interval(np.array([1.0, math.nan]))
-    assert none == pytest.approx({"value": 1, "low": math.nan, "high": math.nan}, nan_ok=True)
-
-
-def test_values_that_are_missing_do_not_count():
-    found = clustered_interval([1, math.nan, 3], ["a", "b", "b"], 400)
-    assert (found["value"], found["low"], found["high"]) == (2, 1, 3)
-
-
-def test_interval_by_hand():
-    """Two clusters: a resample is either of them twice, or both."""
-    found = clustered_interval([1, 3, 10], ["a", "a", "b"], 4000)
-    assert found["value"] == pytest.approx(14 / 3)
-    assert found["n"] == 3
-    assert (found["low"], found["high"]) == (2, 10)
-
-
-@pytest.mark.parametrize(
-    ("values", "clusters"), [([4.0] * 6, names(6)), ([1.0, 4.0, 7.0], ["a"] * 3), ([4.0], ["a"])]
-)
-def test_without_variation_between_prompts_the_interval_is_a_point(values, clusters):
-    found = clustered_interval(values, clusters, 100)
-    assert (found["value"], found["low"], found["high"]) == (4, 4, 4)
-
-
-def test_copies_of_a_row_do_not_shrink_the_interval():
-    values = draws(40)
-    single = clustered_interval(values, names(40), 500)
-    copied = clustered_interval(np.repeat(values, 9), names(40, 9), 500)
-    for name in ("value", "low", "high"):
-        assert copied[name] == pytest.approx(single[name]), (
-            "rows are resampled instead of prompts: samples of one prompt pass for new prompts"
-        )
-    rows = clustered_interval(np.repeat(values, 9), map(str, range(360)), 500)
-    assert width(rows) < 0.5 * width(single), "what resampling rows would give"
-    assert copied["n"] == 360
-
-
-def test_the_interval_is_a_function_of_its_seed():
-    values = draws(30)
-    first, same, other = (clustered_interval(values, names(30), 200, s) for s in (0, 0, 1))
-    assert first == same
-    assert first != other
-
-
-def test_the_interval_does_not_depend_on_the_order_of_the_rows():
-    values, clusters = draws(40), names(8, 5)
-    order = np.random.default_rng(1).permutation(40)
-    shuffled = clustered_interval(values[order], [clusters[i] for i in order], 300)
-    assert shuffled == pytest.approx(clustered_interval(values, clusters, 300))
-
-
-def test_the_interval_covers_the_mean_about_95_times_in_100():
-    covered = 0
-    for seed in range(200):
-        values = np.repeat(draws(40, seed), 3) + 0.1 * draws(120, seed + 1000)
-        found = clustered_interval(values, names(40, 3), 300)
-        covered += found["low"] <= 0 <= found["high"]
-    assert 0.88 <= covered / 200 <= 0.99
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=12), st.floats(-1e3, 1e3))
-def test_the_interval_moves_with_the_values(values, shift):
-    plain = clustered_interval(values, names(len(values)), 50)
-    moved = clustered_interval([v + shift for v in values], names(len(values)), 50)
-    assert plain["low"] <= plain["high"]
-    for name in ("value", "low", "high"):
-        assert moved[name] == pytest.approx(plain[name] + shift, abs=1e-6)
 
 
 # Texts

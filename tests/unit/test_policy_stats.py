@@ -1,25 +1,21 @@
 """Statistics of the policy study, against values by hand and against their usual mistakes."""
 
 import itertools
-import math
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from utils.evaluation import clustered_interval, distinct_n
+from utils.evaluation import distinct_n
+from utils.intervals import crossed_interval
 from utils.policy_stats import (
     TIE,
-    crossed_interval,
-    crossed_sums,
     distinct_of_words,
     outcomes,
     paired_gains,
     pick_weights,
     prompt_means,
 )
-
-SAMPLES = 2000
 
 
 def frame(prompts, **columns):
@@ -31,67 +27,6 @@ def ends(found):
 
 
 # Prompts and seeds
-
-
-def test_one_seed_is_the_bootstrap_over_prompts():
-    values = np.random.default_rng(1).normal(size=(1, 12))
-    prompts = [f"p{i:02}" for i in range(12)]
-    found = crossed_interval(values, 500, seed=3)
-    expected = clustered_interval(values[0], prompts, 500, seed=3)
-    assert ends(found) == pytest.approx(ends(expected), abs=1e-12)
-    assert (found["seeds"], found["n"]) == (1, 12)
-    assert math.isnan(found["seed_sd"])
-    assert math.isnan(found["seeds_agree"])
-
-
-def test_seeds_that_differ_widen_the_interval_however_many_prompts():
-    """Prompts that all say the same leave only the seeds: three draws of -1, 0 and 4."""
-    values = np.repeat([[-1.0], [0.0], [4.0]], 200, axis=1)
-    found = crossed_interval(values, SAMPLES)
-    # The same seed three times has chance 1/27 > 2.5%; prompts alone would give an interval of 0.
-    assert ends(found) == pytest.approx((1, -1, 4))
-    assert found["seed_sd"] == pytest.approx(np.std([-1, 0, 4], ddof=1))
-    assert found["seeds_agree"] is False
-    assert crossed_interval(values + 2, 20)["seeds_agree"] is True
-    assert crossed_interval(-values - 2, 20)["seeds_agree"] is True
-
-
-def test_more_seeds_of_the_same_prompts_are_no_more_prompts():
-    one = np.random.default_rng(0).normal(size=(1, 30))
-    alone, tripled = (crossed_interval(np.repeat(one, k, axis=0), SAMPLES) for k in (1, 3))
-    assert ends(tripled) == pytest.approx(ends(alone))
-    pooled = crossed_interval(np.tile(one, 3), SAMPLES)  # the mistake: 90 independent rows
-    assert pooled["high"] - pooled["low"] < 0.75 * (tripled["high"] - tripled["low"])
-
-
-def test_both_factors_count():
-    generator = np.random.default_rng(0)
-    prompts, seeds = generator.normal(size=(1, 40)), np.array([[-1.0], [0.0], [1.0]])
-    found = crossed_interval(prompts + seeds, SAMPLES)
-    sd = (found["high"] - found["low"]) / 3.92
-    expected = math.hypot(prompts.std() / math.sqrt(40), np.std([-1, 0, 1]) / math.sqrt(3))
-    assert sd == pytest.approx(expected, rel=0.1)
-
-
-def test_cells_without_a_value_do_not_count():
-    values = np.array([[1.0, np.nan, 4.0], [3.0, np.nan, np.nan]])
-    found = crossed_interval(values, SAMPLES)
-    assert found["value"] == pytest.approx(8 / 3), "not the mean of the seeds', nor with zeros"
-    assert (found["low"], found["high"], found["n"]) == (1, 4, 2)
-    nothing = crossed_interval(np.full((2, 3), np.nan), 20)
-    assert all(math.isnan(value) for value in ends(nothing))
-    assert nothing["n"] == 0
-
-
-def test_sums_start_with_the_plain_one_and_repeat():
-    totals = np.arange(24.0).reshape(2, 3, 2, 2)
-    sums = crossed_sums(totals, 50)
-    assert sums.shape == (51, 2, 2)
-    np.testing.assert_allclose(sums[0], totals.sum((0, 1)))
-    np.testing.assert_array_equal(sums, crossed_sums(totals, 50))
-    assert not np.array_equal(sums, crossed_sums(totals, 50, seed=1))
-    # Each resample draws two seeds and three prompts, hence six cells.
-    np.testing.assert_allclose(crossed_sums(np.ones((2, 3)), 50), 6)
 
 
 def test_means_by_prompt_keep_the_order_of_the_prompts():

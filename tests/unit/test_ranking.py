@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from utils.data import Group, Pair, Response
-from utils.evaluation import clustered_interval, percentile_interval
+from utils.intervals import clustered_interval, percentile_interval
 from utils.losses import CLASSES, expected_rating
 from utils.ranking import (
     CRITERIA,

@@ -10,7 +10,7 @@ import pytest
 from utils import rules
 from utils.config import DataConfig
 from utils.data import DataError, Group, Pair, PreferenceData, Response, load_data
-from utils.evaluation import clustered_interval
+from utils.intervals import clustered_interval
 from utils.rules import (
     RULES,
     STRENGTHS,
