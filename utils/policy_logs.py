@@ -6,6 +6,7 @@ Held-out rows are those with `eval_reward`, on the validation prompts; step 0 is
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from utils.policy_arms import ARMS, BASELINES, SETTINGS, TRIALS
+from utils.policy_arms import ARMS, BASELINES, HEADLINE, SEEDS, SETTINGS, TRIALS
 from utils.published_runs import PROFILE, finished_run, seed_runs
 from utils.results import ResultsError
 
@@ -66,17 +67,21 @@ def held_out_rows(log: pd.DataFrame) -> pd.DataFrame:
 def trial_table(results: Path) -> pd.DataFrame:
     """Return the last held-out row of each trial, the folders `cpu-trial_<name>`.
 
+    The run with the chosen settings is a policy of the study, the headline arm's first seed: it is
+    the last row.
+
     Returns:
-        A row per trial: trial, the settings that were tried, `chosen`, whether they are the
-        study's, step, and some of the held-out columns.
+        A row per run: trial, the settings that were tried, `chosen`, whether they are the study's,
+        step, and some of the held-out columns.
     """
     tried = sorted({field for changes in TRIALS.values() for field in changes})
     rows = []
-    for path in sorted(results.glob(f"{PROFILE}-trial_*")):
+    first = f"{PROFILE}-align_{HEADLINE[0]}_s{SEEDS[0]}"
+    for path in [*sorted(results.glob(f"{PROFILE}-trial_*")), *results.glob(first)]:
         run = finished_run(path)
         own = {field: run.info["config"][field] for field in tried}
         chosen = all(own[field] == SETTINGS[field] for field in tried)
-        row = {"trial": path.name.removeprefix(f"{PROFILE}-trial_"), **own, "chosen": chosen}
+        row = {"trial": re.sub(f"^{PROFILE}-(trial_)?", "", path.name), **own, "chosen": chosen}
         rows.append(row | dict(held_out_rows(run.metrics()).iloc[-1].reindex(_TRIAL)))
     return pd.DataFrame(rows, columns=["trial", *tried, "chosen", *_TRIAL])
 

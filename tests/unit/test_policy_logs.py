@@ -90,6 +90,12 @@ def test_trials(tmp_path, monkeypatch):
     assert rows[rate].tolist() == [1.0, SETTINGS[rate]]
     assert rows[["step", "eval_reward", "eval_judge"]].to_numpy().tolist() == [[2, 0.75, 0.5]] * 2
     assert missing_trials(trial_table(tmp_path)) == ["c"]
+    # The full length is that of the study's first policy.
+    write_run(tmp_path, "align_scalar_s0", curve([0.0, 0.25], [0.0, 0.5]), config=SETTINGS)
+    write_run(tmp_path, "align_scalar_s1", curve([0.0, 9.0], [0.0, 9.0]), config=SETTINGS)
+    rows = trial_table(tmp_path)
+    assert rows["trial"].tolist() == ["a", "b", "align_scalar_s0"]
+    assert rows["eval_reward"].tolist() == [0.75, 0.75, 0.25]
 
 
 def test_settings_that_differ_from_the_study():

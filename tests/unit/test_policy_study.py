@@ -77,6 +77,7 @@ def world(tmp_path_factory):
         patch.setenv("REPORT_PROFILE", "quick")
         patch.setattr(policy_arms, "PROFILES", {"cpu": profile})
         patch.setattr(policy_arms, "SETTINGS", settings)
+        patch.setattr(policy_arms, "TRIALS", {"short": {"reinforce.steps": 1}})
         for module in (policy_arms, policy_study):
             patch.setattr(module, "ARMS", SMALL)
         patch.setattr(published, "POLICY_ARMS", SMALL)
@@ -118,12 +119,14 @@ def test_every_arm_is_a_profile_and_differs_in_what_it_names_only():
     assert {arm.readout for arm in ARMS.values()} == set(READOUTS)
 
 
-def test_a_trial_takes_half_the_steps_with_its_own_settings():
+def test_a_trial_has_its_own_settings_and_a_short_one_no_end_at_a_kl():
     for name, changes in TRIALS.items():
-        found = policy_arms.trial_profile(name).reinforce
-        assert found.steps == SETTINGS["reinforce.steps"] // 2
-        assert found.beta == changes["reinforce.beta"]
-        assert found.learning_rate == changes["reinforce.learning_rate"]
+        found = flatten(policy_arms.trial_profile(name))
+        assert {key: found[key] for key in SETTINGS} == SETTINGS | changes
+        short = found["reinforce.steps"] < SETTINGS["reinforce.steps"]
+        assert (found["reinforce.kl_budget"] is None) == short
+    tried = [SETTINGS | changes for changes in TRIALS.values()]
+    assert SETTINGS not in tried, "the study's own settings are those of its first policy"
 
 
 def test_a_published_adapter_has_at_most_six_megabytes():
@@ -212,9 +215,8 @@ def test_finished_policies_are_reused_until_a_reward_model_changes(world, monkey
 
 
 def test_trials_never_touch_the_test_prompts(world, monkeypatch):
-    name = next(iter(policy_arms.TRIALS))
     # Loaded before: what is left out for its length is left out of all splits.
-    data = prepared_data(policy_arms.trial_profile(name))
+    data = prepared_data(policy_arms.trial_profile("short"))
     asked = []
 
     def prompts(self, split):
@@ -223,9 +225,9 @@ def test_trials_never_touch_the_test_prompts(world, monkeypatch):
 
     original = type(data).prompts
     monkeypatch.setattr(type(data), "prompts", prompts)
-    run = policy_study.trial_stage(name)
-    assert run.directory.name == f"trial_{name}"
-    assert run.metrics()["step"].tolist() == [0, 1], "half of two steps"
+    run = policy_study.trial_stage("short")
+    assert run.directory.name == "trial_short"
+    assert run.metrics()["step"].tolist() == [0, 1], "its own number of steps"
     assert set(asked) == {"train", "validation"}
 
 
