@@ -41,7 +41,7 @@ SETTINGS: dict[str, Any] = {
     "reinforce.steps": 64,
     "reinforce.eval_steps": 8,
     "reinforce.learning_rate": 6e-4,
-    "reinforce.beta": 0.1,
+    "reinforce.beta": 0.07,
     "reinforce.kl_budget": 10.0,
 }
 ARMS: dict[str, PolicyArm] = {
@@ -67,6 +67,7 @@ _SHORT: dict[str, Any] = {"reinforce.steps": 24, "reinforce.kl_budget": None}
 TRIALS: dict[str, dict[str, Any]] = {
     "lr3e-4_beta0.05": _SHORT | {"reinforce.learning_rate": 3e-4, "reinforce.beta": 0.05},
     "lr6e-4_beta0.1": _SHORT | {"reinforce.learning_rate": 6e-4, "reinforce.beta": 0.1},
+    "long_lr6e-4_beta0.1": {"reinforce.learning_rate": 6e-4, "reinforce.beta": 0.1},
     "long_lr4e-4_beta0.07": {"reinforce.learning_rate": 4e-4, "reinforce.beta": 0.07},
 }
 
