@@ -69,6 +69,14 @@ TRIALS: dict[str, dict[str, Any]] = {
     "lr6e-4_beta0.1": _SHORT | {"reinforce.learning_rate": 6e-4, "reinforce.beta": 0.1},
     "long_lr6e-4_beta0.1": {"reinforce.learning_rate": 6e-4, "reinforce.beta": 0.1},
     "long_lr4e-4_beta0.07": {"reinforce.learning_rate": 4e-4, "reinforce.beta": 0.07},
+    # As many samples in twice as many steps.
+    "long_batch16": {
+        "reinforce.prompts_per_step": 16,
+        "reinforce.steps": 128,
+        "reinforce.eval_steps": 16,
+        "reinforce.learning_rate": 4e-4,
+        "reinforce.beta": 0.07,
+    },
 }
 
 
