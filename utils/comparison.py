@@ -11,6 +11,7 @@ import pandas as pd
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from utils.alignment import Scale
 from utils.config import Profile
 from utils.evaluation import Scorer, compare, evaluate_policy
 from utils.intervals import clustered_interval
@@ -45,18 +46,22 @@ class Comparison:
         reward_models: Mapping[str, Scorer],
         fields: tuple[str, ...] = ALIGN_FIELDS,
         facts: Mapping[str, Any] | None = None,
+        scales: Mapping[str, Scale] | None = None,
     ) -> None:
-        """Load the SFT model and measure the scale of each reward.
+        """Load the SFT model.
 
         Args:
             profile: see above.
             reward_models: see above.
             fields: sections and fields of the profile that shape an evaluation.
             facts: what else does.
+            scales: see above; None measures them.
         """
         self.profile = profile
         self.reward_models = reward_models
-        self.scales = {name: reward_scale(model, profile) for name, model in reward_models.items()}
+        self.scales = scales or {
+            name: reward_scale(model, profile) for name, model in reward_models.items()
+        }
         self._fields, self._facts = fields, facts or {}
         self._sft = load_sft(profile)
 

@@ -38,6 +38,7 @@ SETTINGS: dict[str, Any] = {
     "evaluation.samples_per_prompt": 2,
     "reinforce.lora_r": 8,
     "reinforce.lora_alpha": 16,
+    "reinforce.prompts_per_step": 32,
     "reinforce.steps": 64,
     "reinforce.eval_steps": 8,
     "reinforce.learning_rate": 6e-4,

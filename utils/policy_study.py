@@ -28,10 +28,10 @@ from utils.checkpoints import load_adapter
 from utils.comparison import Comparison
 from utils.config import Profile, config_hash
 from utils.environment import quiet
-from utils.evaluation import Scorer
 from utils.judge import Judge
 from utils.pipeline import (
     SAMPLING_FIELDS,
+    SFT_FIELDS,
     load_sft,
     open_stage,
     prepared_data,
@@ -76,6 +76,22 @@ def rivals_stage() -> Run:
     return sample_sft("sft_rivals", profile, prompts=None, samples=RIVAL_SAMPLES)
 
 
+def scale_stage(reward: str, readout: str = "mean") -> Scale:
+    """Measure mean and standard deviation of a reward on SFT samples, or read what was measured.
+
+    They are the unit of all arms and seeds, and a stage of its own, so that policies that are
+    evaluated on other machines, with other rounding, share it.
+    """
+    profile, facts = _base(), _reward_facts(reward, readout)
+    config = stage_config(profile, SFT_FIELDS, models=published_sums((reward,)), **facts)
+    run, finished = open_stage(profile, f"scale_{reward}_{readout}", config)
+    if not finished:
+        scorer = _scorer(reward) if readout == "mean" else _training_reward(reward, readout)
+        run.finish(scale=reward_scale(scorer, profile))
+    mean, std = run.info["scale"]
+    return mean, std
+
+
 def evaluation_stages() -> dict[str, pd.DataFrame]:
     """Evaluate the controls and every policy that is trained on the test prompts.
 
@@ -85,7 +101,8 @@ def evaluation_stages() -> dict[str, pd.DataFrame]:
     profile = _base()
     reward_models = {name: _scorer(name) for name in REWARDS}
     facts = {"models": published_sums(REWARDS)}
-    comparison = Comparison(profile, reward_models, TEST_FIELDS, facts)
+    scales = {name: scale_stage(name) for name in REWARDS}
+    comparison = Comparison(profile, reward_models, TEST_FIELDS, facts, scales)
     temperature = profile.reinforce.temperature
     frames = comparison.controls()
     # Its KL to the SFT model is zero, so the reference need not read it.
@@ -149,33 +166,34 @@ def _report(stage: Callable[[], Run]) -> None:
 def _train(stage: str, arm: PolicyArm, profile: Profile) -> Run:
     run, finished = open_stage(profile, stage, _config(arm, profile))
     if not finished:
-        own, judge = _scaled(_scorer(arm.reward)), _scaled(_scorer("judge"))
+        own, judge = ((_scorer(name), scale_stage(name)) for name in (arm.reward, "judge"))
+        training = _training_reward(arm.reward, arm.readout), scale_stage(arm.reward, arm.readout)
         policy, tokenizer = load_sft(profile)
         print_plan(profile)
         align_policy(
             *(policy, tokenizer, profile, prepared_data(profile), run),
-            _scaled(_training_reward(arm.reward, arm.readout)),
+            training,
             {"own": own, "judge": judge},
         )
     return run
 
 
 def _config(arm: PolicyArm, profile: Profile) -> dict[str, Any]:
-    models = published_sums((arm.reward, "judge"))
-    facts = {"reward": arm.reward, "readout": arm.readout, "models": models}
-    if arm.readout == "beats_sft":
+    models, facts = published_sums((arm.reward, "judge")), _reward_facts(arm.reward, arm.readout)
+    return stage_config(profile, POLICY_FIELDS, models=models, **facts)
+
+
+def _reward_facts(reward: str, readout: str) -> dict[str, Any]:
+    """Return what shapes a reward, for a stage's configuration."""
+    facts: dict[str, Any] = {"reward": reward, "readout": readout}
+    if readout == "beats_sft":
         facts |= {"rivals": RIVALS, "rival_samples": RIVAL_SAMPLES}
-    return stage_config(profile, POLICY_FIELDS, **facts)
+    return facts
 
 
 def _base() -> Profile:
     """Return the profile that all evaluations and units are of: the headline arm's, seed 0."""
     return policy_profile("scalar", 0)
-
-
-def _scaled(scorer: Scorer) -> tuple[Scorer, Scale]:
-    """Return a scorer with its unit, which is the same for all arms and seeds."""
-    return scorer, reward_scale(scorer, _base())
 
 
 @cache

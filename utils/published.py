@@ -51,7 +51,8 @@ INDEX = MODELS / "index.json"
 CHOSEN = {"scalar": ("margin_light", 0), "ordinal": ("pairwise_light", 0)}
 NAMES = (*CHOSEN, "judge")
 POLICIES = "policies"  # the index's entry for aligned policies, by arm
-RUNS = ("rm_*", "judge_*", "probes", "trial_*", "sft_*", "align_*", "validation_*", "test_*")
+RUNS = ("rm_*", "judge_*", "probes", "trial_*", "sft_*", "scale_*")
+RUNS += ("align_*", "validation_*", "test_*")
 
 
 def load_published(name: str) -> RewardModel | Judge:
@@ -159,7 +160,8 @@ def _finished(run: Path) -> bool:
 
 
 def _aligned(source: Path, arm: str) -> bool:
-    return _finished(source / f"align_{arm}_s0")
+    run = source / f"align_{arm}_s0"
+    return _finished(run) and (run / "checkpoints").exists()
 
 
 def _policy_entry(source: Path, arm: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -272,6 +273,22 @@ def test_rewards_are_in_units_of_the_sft_model(world):
     assert frame["reward_scalar"].tolist() == pytest.approx(expected.tolist(), abs=1e-4)
 
 
+def test_units_are_measured_once_and_then_read(world, monkeypatch):
+    def measure(*arguments):
+        raise AssertionError("measured again: other rounding would be another unit")
+
+    monkeypatch.setattr(policy_study, "reward_scale", measure)
+    monkeypatch.setattr(comparison, "reward_scale", measure)
+    scales = {name: policy_study.scale_stage(name) for name in policy_study.REWARDS}
+    used = read_json(world.runs / "test_scalar_s1" / "run.json")["scales"]
+    assert {name: list(scale) for name, scale in scales.items()} == used
+    policy_study.evaluation_stages()
+    beats = read_json(world.runs / "align_beats_s0" / "run.json")
+    own = policy_study.scale_stage("ordinal", "beats_sft")
+    assert own == (beats["reward_mean"], beats["reward_std"])
+    assert own != scales["ordinal"]
+
+
 def test_finished_evaluations_are_read_and_a_policy_trained_anew_is_evaluated_anew(
     world, monkeypatch, capsys
 ):
@@ -311,8 +328,13 @@ def test_publish_and_load(world, capsys):
     assert set(index["policies"]) == {"scalar", "lazy", "beats"}
     names = {path.name for path in (world.root / "results").glob("cpu-*")}
     assert {"cpu-align_scalar_s1", "cpu-test_beats_s0", "cpu-sft_rivals"} <= names
-    assert {"cpu-test_sft_pool", "cpu-validation_sft_T0.2"} <= names
+    assert {"cpu-test_sft_pool", "cpu-validation_sft_T0.2", "cpu-scale_judge_mean"} <= names
     assert not [name for name in names if "@" in name]
+
+    # In a clone there are finished runs without checkpoints.
+    shutil.rmtree(world.runs / "align_lazy_s0" / "checkpoints")
+    published.main()
+    assert read_json(published.INDEX) == index
 
     entry = index["policies"]["scalar"]
     path = published.MODELS / entry["file"]
