@@ -38,10 +38,10 @@ SETTINGS: dict[str, Any] = {
     "evaluation.samples_per_prompt": 2,
     "reinforce.lora_r": 8,
     "reinforce.lora_alpha": 16,
-    "reinforce.prompts_per_step": 32,
-    "reinforce.steps": 64,
-    "reinforce.eval_steps": 8,
-    "reinforce.learning_rate": 6e-4,
+    "reinforce.prompts_per_step": 16,
+    "reinforce.steps": 128,
+    "reinforce.eval_steps": 16,
+    "reinforce.learning_rate": 4e-4,
     "reinforce.beta": 0.07,
     "reinforce.kl_budget": 10.0,
 }
@@ -61,23 +61,21 @@ ARMS: dict[str, PolicyArm] = {
 HEADLINE = ("scalar", "ordinal")
 BASELINES = {"scalar": "running mean", "scalar_ema": "EMA", "scalar_none": "no baseline"}
 READOUTS = ("ordinal", "ordinal_cautious", "ordinal_beats_sft")
-# Tried on the scalar reward and judged on validation prompts, before any policy is trained: first
-# over a few steps and without an end at a KL, since what a setting does beyond the budget is part
-# of what it tells, then at full length.
-_SHORT: dict[str, Any] = {"reinforce.steps": 24, "reinforce.kl_budget": None}
+# Tried on the scalar reward and judged on validation prompts: first over a few steps and without an
+# end at a KL, since what a setting does beyond the budget is part of what it tells, then at full
+# length, in half as many steps of twice as many samples as the study's.
+_LONG: dict[str, Any] = {
+    "reinforce.prompts_per_step": 32,
+    "reinforce.steps": 64,
+    "reinforce.eval_steps": 8,
+}
+_SHORT: dict[str, Any] = _LONG | {"reinforce.steps": 24, "reinforce.kl_budget": None}
 TRIALS: dict[str, dict[str, Any]] = {
     "lr3e-4_beta0.05": _SHORT | {"reinforce.learning_rate": 3e-4, "reinforce.beta": 0.05},
     "lr6e-4_beta0.1": _SHORT | {"reinforce.learning_rate": 6e-4, "reinforce.beta": 0.1},
-    "long_lr6e-4_beta0.1": {"reinforce.learning_rate": 6e-4, "reinforce.beta": 0.1},
-    "long_lr4e-4_beta0.07": {"reinforce.learning_rate": 4e-4, "reinforce.beta": 0.07},
-    # As many samples in twice as many steps.
-    "long_batch16": {
-        "reinforce.prompts_per_step": 16,
-        "reinforce.steps": 128,
-        "reinforce.eval_steps": 16,
-        "reinforce.learning_rate": 4e-4,
-        "reinforce.beta": 0.07,
-    },
+    "long_lr6e-4_beta0.1": _LONG | {"reinforce.learning_rate": 6e-4, "reinforce.beta": 0.1},
+    "long_lr6e-4_beta0.07": _LONG | {"reinforce.learning_rate": 6e-4},
+    "long_lr4e-4_beta0.07": _LONG,
 }
 
 

@@ -124,8 +124,9 @@ def test_a_trial_has_its_own_settings_and_a_short_one_no_end_at_a_kl():
     for name, changes in TRIALS.items():
         found = flatten(policy_arms.trial_profile(name))
         assert {key: found[key] for key in SETTINGS} == SETTINGS | changes
-        short = found["reinforce.steps"] < SETTINGS["reinforce.steps"]
-        assert (found["reinforce.kl_budget"] is None) == short
+        samples = found["reinforce.steps"] * found["reinforce.prompts_per_step"]
+        assert samples <= SETTINGS["reinforce.steps"] * SETTINGS["reinforce.prompts_per_step"]
+        assert (found["reinforce.kl_budget"] is None) == (not name.startswith("long_"))
     tried = [SETTINGS | changes for changes in TRIALS.values()]
     assert SETTINGS not in tried, "the study's own settings are those of its first policy"
 
