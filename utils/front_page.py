@@ -10,9 +10,13 @@ import pandas as pd
 
 from utils.environment import RESULTS
 from utils.intervals import named_interval
+from utils.policy_arms import HEADLINE as POLICY_HEADLINE
+from utils.policy_look import in_order, label
+from utils.policy_words import arm_target_words, gain_words, length_words, level_words
 from utils.results import GLOSSARY, read_json
+from utils.wording import with_interval
 
-PROFILE = "quick"  # the profile whose published runs are summarised
+PROFILE = "quick"  # the profile of the first run, whose published runs are summarised
 KINDS = ("scalar", "ordinal")
 # Arms of the README's table.
 HEADLINE = ("margin", "pairwise", "anchored", "plackett_luce", "margin_light", "pairwise_light")
@@ -29,8 +33,10 @@ POLICIES = {
 def render(results: Path = RESULTS) -> dict[str, str]:
     """Return the generated parts of the README by name, as Markdown."""
     return {
-        "results": _policy_table(results),
+        "policies": _policy_table(results),
         "answer": _answer(results),
+        "targets": arm_target_words(policy_table(results, "targets")),
+        "results": _quick_table(results),
         "reward-models": _reward_table(results),
         "study": _study_table(results),
         "cost": _cost_table(results),
@@ -68,56 +74,60 @@ def study_table(results: Path) -> pd.DataFrame:
     return pd.read_csv(results / "tables" / "09_study.csv").set_index("arm")
 
 
+def policy_table(results: Path, name: str = "policies") -> pd.DataFrame:
+    """Return one of notebook 06's tables of the study of policies."""
+    return pd.read_csv(results / "tables" / f"06_{name}.csv")
+
+
 def _policy_table(results: Path) -> str:
+    """Show all policies and controls of the study under the judge."""
+    table = policy_table(results).set_index("policy")
+    lines = [
+        "| policy | seeds | own reward, gain | judge, gain | win, tie, loss | win rate "
+        "| against SFT at its best temperature | KL, nats | length | finished | distinct-2 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for policy in in_order(table.index):
+        row = table.loc[policy]
+        arm, kl = row["group"] == "arm", row["kl"]
+        own = with_interval(row, f"gain_{policy.partition('_')[0]}") if arm else ""
+        cells = [f"{row['seeds']}" if arm else "", own, with_interval(row, "gain_judge")]
+        cells.append(", ".join(f"{row[name]:.0%}" for name in ("win", "tie", "loss")))
+        cells += [f"{row[f'win_rate{ending}']:.0%}" for ending in ("", "_best")]
+        cells += ["" if pd.isna(kl) else f"{kl:.1f}", f"{row['length']:.0f}"]
+        cells += [f"{row['finished']:.0%}", f"{row['distinct2_ratio']:.2f}"]
+        lines.append(f"| {label(policy)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _answer(results: Path) -> str:
+    """Say what the intervals allow of the arms that the report is about, and no more."""
+    table, lengths, levels = (policy_table(results, n) for n in ("policies", "length", "levels"))
+    table, lengths = (part[part["policy"].isin(POLICY_HEADLINE)] for part in (table, lengths))
+    between = levels[levels[["first", "second"]].isin(POLICY_HEADLINE).all(axis=1)]
+    parts = {
+        "Did the reward rise, and does the judge agree?": gain_words(table),
+        "Which reward model makes the better policy?": level_words(between),
+        "Is it length?": length_words(lengths, policy_table(results, "length_regression")),
+    }
+    return "\n\n".join(f"*{question}*\n\n{answer}" for question, answer in parts.items())
+
+
+def _quick_table(results: Path) -> str:
+    """Show the policies of the first run."""
     tables = {kind: test_table(results, kind) for kind in KINDS}
     lines = [
         "| policy | scalar reward, difference to SFT | ten-class reward, difference to SFT "
         "| KL, nats | length, tokens | finished |",
         "|---|---|---|---|---|---|",
     ]
-    for policy, label in POLICIES.items():
+    for policy, name in POLICIES.items():
         row = tables["scalar"].loc[policy]
         cells = ["0" if policy == "sft" else _interval(tables[kind].loc[policy]) for kind in KINDS]
         kl = "" if pd.isna(row["kl"]) else f"{row['kl']:.1f}"
         cells += [kl, f"{row['length']:.0f}", f"{row['finished']:.2f}"]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _answer(results: Path) -> str:
-    """Say what the intervals allow, and no more."""
-    gains = pd.read_csv(results / "tables" / "06_gains.csv").set_index(["policy", "reward"])
-    other = {"scalar": "ordinal", "ordinal": "scalar"}
-    lines = []
-    for kind in KINDS:
-        own, judge = (gains.loc[(f"align_{kind}", k)] for k in (kind, other[kind]))
-        table = test_table(results, kind)
-        row, sft = table.loc[f"align_{kind}"], table.loc["sft"]
-        lines.append(
-            f"- **{POLICIES[f'align_{kind}'].capitalize()}**: its own reward {_moved(own, '')} by "
-            f"{_interval(own)} SFT standard deviations, and {_moved(own, 'beyond_best_')} by "
-            f"{own['beyond_best_value']:+.2f} [{own['beyond_best_low']:+.2f}, "
-            f"{own['beyond_best_high']:+.2f}] against SFT at its best temperature. Under the other "
-            f"reward model, which it never saw, it {_moved(judge, '')} by {_interval(judge)}. The "
-            f"price: {row['kl']:.1f} nats of KL, and {row['length']:.0f} tokens a completion "
-            f"instead of {sft['length']:.0f}."
-        )
-    rules = pd.read_csv(results / "tables" / "01_rules.csv").set_index(["pairs", "rule"])
-    cooler = rules.loc[("between samples", "cooler"), "accuracy"]
-    if all(test_table(results, kind).loc["sft_best", "low"] <= 0 for kind in KINDS):
-        lines.append(
-            f"- **Doubts.** The raters preferred the cooler of two samples in {cooler:.0%} of the "
-            "test pairs between samples, yet neither reward model clearly rates the SFT model "
-            "higher at its best temperature: they see less than the raters did. And the policies "
-            "became brief; the panel in notebook 06 has short answers that are wrong and score "
-            "high. How much of the gain is brevity, these runs do not settle."
-        )
-    return "\n".join(lines)
-
-
-def _moved(row: pd.Series, prefix: str) -> str:
-    low, high = row[f"{prefix}low"], row[f"{prefix}high"]
-    return "rose" if low > 0 else "fell" if high < 0 else "moved inconclusively,"
 
 
 def _interval(row: pd.Series) -> str:
@@ -125,16 +135,16 @@ def _interval(row: pd.Series) -> str:
 
 
 def _reward_table(results: Path) -> str:
-    """Show the reward models that this page's policies were trained against."""
+    """Show the reward models that the first run's policies were trained against."""
     lines = [
         "| reward model | accuracy, all pairs | accuracy, pairs of two samples "
         "| -log P(chosen wins) |",
         "|---|---|---|---|",
     ]
-    for kind, label in {"scalar": "scalar", "ordinal": "ten classes"}.items():
+    for kind, name in {"scalar": "scalar", "ordinal": "ten classes"}.items():
         metrics = read_json(results / f"{PROFILE}-reward_{kind}" / "run.json")["metrics"]
-        cells = [_cell(metrics[name]) for name in ("accuracy", "accuracy_model_pairs", "nll")]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        cells = [_cell(metrics[n]) for n in ("accuracy", "accuracy_model_pairs", "nll")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -13,14 +13,14 @@ import pandas as pd
 
 from utils.environment import RESULTS, ROOT, quiet
 from utils.front_page import (
-    KINDS,
     PROFILE,
     fill,
+    policy_table,
     render,
     study_table,
-    test_table,
 )
 from utils.intervals import named_interval
+from utils.policy_arms import HEADLINE
 from utils.profiles import PROFILES
 from utils.published import CHOSEN
 from utils.results import read_json, write_json
@@ -35,29 +35,18 @@ METRICS = {
 }
 # The arms with the losses of the chosen ones that were trained on references, too.
 WITH_REFERENCES = {"scalar": "margin", "ordinal": "pairwise"}
+# The same of the table of policies.
+POLICY_METRICS = {
+    "judge_gain": "gain_judge",
+    "judge_winrate": "win_rate",
+    "judge_winrate_best_temperature": "win_rate_best",
+}
 RULE_COUNTS = {"accuracy": "n", "model_pairs": "model_pairs_n"}
 
 
 def headline(results: Path = RESULTS) -> dict[str, dict[str, Any]]:
     """Return `{name: {value, low, high, n, seeds, run}}`; low to high is the 95% interval."""
-    found: dict[str, dict[str, Any]] = {}
-    for kind in KINDS:
-        run = f"{PROFILE}-align_{kind}"
-        table = test_table(results, kind)
-        row, sft = table.loc[f"align_{kind}"], table.loc["sft"]
-        gain = {"value": row["difference"], "low": row["low"], "high": row["high"], "n": row["n"]}
-        found[f"align_{kind}.gain_sd"] = _entry(gain, run)
-        for name, value in {
-            "kl": row["kl"],
-            "length_ratio": row["length"] / sft["length"],
-            "distinct2_ratio": row["distinct_2"] / sft["distinct_2"],
-        }.items():
-            found[f"align_{kind}.{name}"] = _entry({"value": value, "n": row["n"]}, run)
-    for row in pd.read_csv(results / "tables" / "06_gains.csv").to_dict("records"):
-        run, judged = f"{PROFILE}-{row['policy']}", f"{row['policy']}.beyond_best_{row['reward']}"
-        beyond = {key: row[f"beyond_best_{key}"] for key in ("value", "low", "high")}
-        found[judged] = _entry({**beyond, "n": found[f"{row['policy']}.gain_sd"]["n"]}, run)
-    return _reward_models(results) | found | _cost(results)
+    return _reward_models(results) | _policies(results) | _cost(results)
 
 
 def update() -> None:
@@ -106,6 +95,22 @@ def _reward_models(results: Path) -> dict[str, dict[str, Any]]:
     if judge.exists():
         row = pd.read_csv(judge).set_index(["judge", "pairs"]).loc[("judge", "all pairs")]
         found["judge.accuracy"] = _entry(row.to_dict(), "cpu-judge")
+    return found
+
+
+def _policies(results: Path) -> dict[str, dict[str, Any]]:
+    """Read the study's tables: the arms that the report is about."""
+    table = policy_table(results).set_index("policy")
+    lengths = policy_table(results, "length").set_index(["policy", "reward", "method"])
+    found = {}
+    for arm in HEADLINE:
+        row, run = table.loc[arm], f"cpu-align_{arm}"
+        columns = {"gain_sd": f"gain_{arm}"} | POLICY_METRICS
+        values = {name: named_interval(row, column) for name, column in columns.items()}
+        values["length_matched_gain"] = lengths.loc[(arm, "judge", "length")].to_dict()
+        values |= {name: {"value": row[name]} for name in ("kl", "distinct2_ratio")}
+        for name, value in values.items():
+            found[f"align_{arm}.{name}"] = _entry({**value, "n": row["n"]}, run, row["seeds"])
     return found
 
 
