@@ -35,7 +35,7 @@ def render(results: Path = RESULTS) -> dict[str, str]:
     return {
         "policies": _policy_table(results),
         "answer": _answer(results),
-        "targets": arm_target_words(policy_table(results, "targets")),
+        "targets": arm_target_words(published_table(results, "targets")),
         "results": _quick_table(results),
         "reward-models": _reward_table(results),
         "study": _study_table(results),
@@ -74,14 +74,14 @@ def study_table(results: Path) -> pd.DataFrame:
     return pd.read_csv(results / "tables" / "09_study.csv").set_index("arm")
 
 
-def policy_table(results: Path, name: str = "policies") -> pd.DataFrame:
+def published_table(results: Path, name: str = "policies") -> pd.DataFrame:
     """Return one of notebook 06's tables of the study of policies."""
     return pd.read_csv(results / "tables" / f"06_{name}.csv")
 
 
 def _policy_table(results: Path) -> str:
     """Show all policies and controls of the study under the judge."""
-    table = policy_table(results).set_index("policy")
+    table = published_table(results).set_index("policy")
     lines = [
         "| policy | seeds | own reward, gain | judge, gain | win, tie, loss | win rate "
         "| against SFT at its best temperature | KL, nats | length | finished | distinct-2 |",
@@ -102,13 +102,13 @@ def _policy_table(results: Path) -> str:
 
 def _answer(results: Path) -> str:
     """Say what the intervals allow of the arms that the report is about, and no more."""
-    table, lengths, levels = (policy_table(results, n) for n in ("policies", "length", "levels"))
+    table, lengths, levels = (published_table(results, n) for n in ("policies", "length", "levels"))
     table, lengths = (part[part["policy"].isin(POLICY_HEADLINE)] for part in (table, lengths))
     between = levels[levels[["first", "second"]].isin(POLICY_HEADLINE).all(axis=1)]
     parts = {
         "Did the reward rise, and does the judge agree?": gain_words(table),
         "Which reward model makes the better policy?": level_words(between),
-        "Is it length?": length_words(lengths, policy_table(results, "length_regression")),
+        "Is it length?": length_words(lengths, published_table(results, "length_regression")),
     }
     return "\n\n".join(f"*{question}*\n\n{answer}" for question, answer in parts.items())
 

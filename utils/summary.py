@@ -15,7 +15,7 @@ from utils.environment import RESULTS, ROOT, quiet
 from utils.front_page import (
     PROFILE,
     fill,
-    policy_table,
+    published_table,
     render,
     study_table,
 )
@@ -100,8 +100,8 @@ def _reward_models(results: Path) -> dict[str, dict[str, Any]]:
 
 def _policies(results: Path) -> dict[str, dict[str, Any]]:
     """Read the study's tables: the arms that the report is about."""
-    table = policy_table(results).set_index("policy")
-    lengths = policy_table(results, "length").set_index(["policy", "reward", "method"])
+    table = published_table(results).set_index("policy")
+    lengths = published_table(results, "length").set_index(["policy", "reward", "method"])
     found = {}
     for arm in HEADLINE:
         row, run = table.loc[arm], f"cpu-align_{arm}"
@@ -110,7 +110,7 @@ def _policies(results: Path) -> dict[str, dict[str, Any]]:
         values["length_matched_gain"] = lengths.loc[(arm, "judge", "length")].to_dict()
         values |= {name: {"value": row[name]} for name in ("kl", "distinct2_ratio")}
         for name, value in values.items():
-            found[f"align_{arm}.{name}"] = _entry({**value, "n": row["n"]}, run, row["seeds"])
+            found[f"align_{arm}.{name}"] = _entry({"n": row["n"], **value}, run, row["seeds"])
     return found
 
 
