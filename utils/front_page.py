@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from utils.environment import RESULTS
-from utils.intervals import named_interval
+from utils.policy_arms import ARMS
 from utils.policy_arms import HEADLINE as POLICY_HEADLINE
 from utils.policy_look import in_order, label
 from utils.policy_words import arm_target_words, gain_words, length_words, level_words
@@ -66,7 +66,7 @@ def fill(text: str, parts: dict[str, str]) -> str:
 
 def test_table(results: Path, kind: str) -> pd.DataFrame:
     """Return the test comparison under one reward model, a row per policy."""
-    return pd.read_csv(results / "tables" / f"06_test_{kind}.csv").set_index("policy")
+    return published_table(results, f"test_{kind}").set_index("policy")
 
 
 def study_table(results: Path) -> pd.DataFrame:
@@ -75,7 +75,7 @@ def study_table(results: Path) -> pd.DataFrame:
 
 
 def published_table(results: Path, name: str = "policies") -> pd.DataFrame:
-    """Return one of notebook 06's tables of the study of policies."""
+    """Return one of the tables of notebook 06."""
     return pd.read_csv(results / "tables" / f"06_{name}.csv")
 
 
@@ -90,7 +90,7 @@ def _policy_table(results: Path) -> str:
     for policy in in_order(table.index):
         row = table.loc[policy]
         arm, kl = row["group"] == "arm", row["kl"]
-        own = with_interval(row, f"gain_{policy.partition('_')[0]}") if arm else ""
+        own = with_interval(row, f"gain_{ARMS[policy].reward}") if arm else ""
         cells = [f"{row['seeds']}" if arm else "", own, with_interval(row, "gain_judge")]
         cells.append(", ".join(f"{row[name]:.0%}" for name in ("win", "tie", "loss")))
         cells += [f"{row[f'win_rate{ending}']:.0%}" for ending in ("", "_best")]
@@ -159,13 +159,11 @@ def _study_table(results: Path) -> str:
     for arm in HEADLINE:
         if arm in study.index:
             row = study.loc[arm]
-            cells = [
-                _cell(named_interval(row, name)) for name in ("accuracy", "model_pairs", "nll")
-            ]
+            cells = [with_interval(row, name, ".3f") for name in ("accuracy", "model_pairs", "nll")]
             cells.append(f"{row['ece']:.3f}")
             lines.append(f"| {row['label']} | {row['seeds']} | {' | '.join(cells)} |")
     for name, row in rules[rules["reads_text"]].set_index("rule").iterrows():
-        cells = [_cell(named_interval(row, column)) for column in ("accuracy", "model_pairs")]
+        cells = [with_interval(row, column, ".3f") for column in ("accuracy", "model_pairs")]
         lines.append(f"| rule: {name.replace('_', ' ')} | | {' | '.join(cells)} | | |")
     return "\n".join([*lines, *_references(results)])
 
@@ -178,8 +176,7 @@ def _references(results: Path) -> list[str]:
     lines = ["", "The references teach a shortcut; on the same pairs and seeds,", ""]
     for _, row in pd.read_csv(path).iterrows():
         between, everything = (
-            "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**named_interval(row, column))
-            for column in ("model_pairs", "accuracy")
+            with_interval(row, column, "+.3f") for column in ("model_pairs", "accuracy")
         )
         lines.append(
             f"- {row['label']}: {between} between two samples, {everything} on all pairs, against "
