@@ -63,8 +63,8 @@ def load_checkpoint(
     return 0
 
 
-def load_adapter(directory: Path, policy: PeftModel) -> int:
-    """Load the adapter of the newest checkpoint into `policy`, and return its step.
+def load_adapter(directory: Path, policy: PeftModel, adapter: str = "default") -> int:
+    """Load the newest checkpoint into an adapter of `policy`, and return the checkpoint's step.
 
     Raises:
         ResultsError: if the run has no checkpoint, or the last one cannot be read.
@@ -77,7 +77,7 @@ def load_adapter(directory: Path, policy: PeftModel) -> int:
         state = torch.load(newest[-1], map_location="cpu", weights_only=True)
     except Exception as error:
         raise ResultsError(f"{newest[-1].name} cannot be read; {remedy}") from error
-    set_peft_model_state_dict(policy, state["adapter"])
+    set_peft_model_state_dict(policy, state["adapter"], adapter_name=adapter)
     return state["step"]
 
 

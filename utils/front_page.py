@@ -9,7 +9,6 @@ from pathlib import Path
 import pandas as pd
 
 from utils.environment import RESULTS
-from utils.policy_arms import ARMS
 from utils.policy_arms import HEADLINE as POLICY_HEADLINE
 from utils.policy_look import in_order, label
 from utils.policy_words import arm_target_words, gain_words, length_words, level_words
@@ -89,8 +88,8 @@ def _policy_table(results: Path) -> str:
     ]
     for policy in in_order(table.index):
         row = table.loc[policy]
-        arm, kl = row["group"] == "arm", row["kl"]
-        own = with_interval(row, f"gain_{ARMS[policy].reward}") if arm else ""
+        arm, kl, reward = row["group"] == "arm", row["kl"], policy.partition("_")[0]
+        own = with_interval(row, f"gain_{reward}") if row["group"] != "control" else ""
         cells = [f"{row['seeds']}" if arm else "", own, with_interval(row, "gain_judge")]
         cells.append(", ".join(f"{row[name]:.0%}" for name in ("win", "tie", "loss")))
         cells += [f"{row[f'win_rate{ending}']:.0%}" for ending in ("", "_best")]

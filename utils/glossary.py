@@ -27,5 +27,6 @@ GLOSSARY = {
     "eval_finished": "share of completions there that ended by themselves",
     "eval_distinct_2": "share of different word pairs among those of the completions there",
     "eval_judge": "mean reward there under the judge, in SFT standard deviations (blank: no judge)",
+    "scale": "of an average of policies: what their mean update is multiplied by",
     "seconds": "wall time of the step, evaluation and checkpoint excluded",
 }

@@ -61,6 +61,10 @@ ARMS: dict[str, PolicyArm] = {
 HEADLINE = ("scalar", "ordinal")
 BASELINES = {"scalar": "running mean", "scalar_ema": "EMA", "scalar_none": "no baseline"}
 READOUTS = ("ordinal", "ordinal_cautious", "ordinal_beats_sft")
+# The seeds of an arm in one policy, see `utils.averaging`; the ending of its name, and the scales
+# that are tried on validation prompts.
+AVERAGE = "average"
+AVERAGE_SCALES = (0.5, 1.0, 1.2, 1.4, 1.6)
 # Tried on the scalar reward and judged on validation prompts: first over a few steps and without an
 # end at a KL, since what a setting does beyond the budget is part of what it tells, then at full
 # length, in half as many steps of twice as many samples as the study's.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 from utils import plot_style as look
-from utils.policy_arms import ARMS
+from utils.policy_arms import ARMS, AVERAGE
 
 ARM_COLORS = {
     "scalar": look.BLUE,
@@ -16,7 +16,9 @@ ARM_COLORS = {
     "scalar_ema": "#56b4e9",
     "scalar_none": "#000000",
 }
-_POLICY = re.compile(r"(.+?)(?:_s(\d+))?(_greedy)?")  # arm, its seed, how it is decoded
+# Arm, its seed, how it is decoded; or the average of the seeds.
+_POLICY = re.compile(rf"(.+?)(?:_s(\d+))?(_greedy|_{AVERAGE})?")
+_VARIANTS = {None: "", "_greedy": ", greedy", f"_{AVERAGE}": ", average of the seeds"}
 UNIT = "SFT sd"  # where "SFT standard deviations" is too long
 
 
@@ -25,10 +27,10 @@ def arm_look(name: str, place: int = 0) -> tuple[str, str]:
 
     A name that is not of the study labels itself and takes its colour by `place`.
     """
-    arm, seed, greedy = _POLICY.fullmatch(name).groups()
+    arm, seed, variant = _POLICY.fullmatch(name).groups()
     if arm not in ARMS:
         return look.NAMES.get(name, look.plain(name)), look.policy_color(name, place)
-    label = ARMS[arm].label + (f", seed {seed}" if seed else "") + (", greedy" if greedy else "")
+    label = ARMS[arm].label + (f", seed {seed}" if seed else "") + _VARIANTS[variant]
     return label, ARM_COLORS.get(arm, look.policy_color("", place))
 
 

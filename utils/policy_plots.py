@@ -191,6 +191,7 @@ def _grouped(table: pd.DataFrame) -> Iterator[pd.Series | str]:
     control = table["policy"].str.startswith(BASE)
     groups = {
         "aligned": table["group"] == "arm",
+        "aligned, average of the seeds": table["group"] == "average",
         "aligned, one seed, greedy": (table["group"] == "control") & ~control,
         "SFT controls": control & (table["policy"] != BASE),
     }

@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 from utils.evaluation import distinct_n
-from utils.intervals import crossed_interval, ends, named, named_interval
-from utils.policy_arms import HEADLINE
+from utils.intervals import crossed_interval, named, named_interval
+from utils.policy_arms import AVERAGE, HEADLINE
 from utils.policy_runs import (
     BASE,
     BEST,
@@ -56,7 +56,8 @@ def policy_table(frames: Frames, samples: int) -> pd.DataFrame:
         samples: bootstrap resamples.
 
     Returns:
-        A row per arm, its seeds pooled, then per control: policy, `group` ("arm", "control"),
+        A row per arm, its seeds pooled, then per control and per average of an arm's seeds: policy,
+        `group` ("arm", "average", "control"),
         `seeds`, `n` (prompts); with `_low` and `_high`, for each reward model `reward_<model>` and
         `gain_<model>`, the paired difference to SFT, and that one's `_sd` between seeds and
         `_agree`, whether all seeds have its sign; under the judge the shares `win`, `tie` and
@@ -183,19 +184,20 @@ def temperature_table(frames: Frames, samples: int) -> pd.DataFrame:
 
 
 def target_table(table: pd.DataFrame, lengths: pd.DataFrame) -> pd.DataFrame:
-    """Hold the arms that the report is about against the study's targets.
+    """Hold the arms that the report is about, and their averages, against the study's targets.
 
     Args:
         table: of `policy_table`.
         lengths: of `length_table`.
 
     Returns:
-        A row per arm that is there and target: arm, and what `target_row` returns.
+        A row per policy that is there and target: `arm`, its name, and what `target_row` returns.
     """
     rows, there = [], set(table.get("policy", ()))
-    for arm in [arm for arm in HEADLINE if arm in there]:
+    wanted = (*HEADLINE, *(f"{arm}_{AVERAGE}" for arm in HEADLINE))
+    for arm in [arm for arm in wanted if arm in there]:
         row = table.set_index("policy").loc[arm].to_dict()
-        row |= dict(zip(ends("own"), (row[column] for column in ends(f"gain_{arm}")), strict=True))
+        row |= named("own", named_interval(row, f"gain_{arm.partition('_')[0]}"))
         matched = lengths[(lengths["policy"] == arm) & (lengths["reward"] == "judge")]
         row |= named("equal", matched.set_index("method").loc["length"])
         for target, (column, side, bound) in TARGETS.items():
@@ -213,7 +215,8 @@ def _gain(
 
 def _policy_row(frames: Frames, policy: str, words: int, samples: int) -> dict[str, Any]:
     own = [*seeds_of(frames, policy).values()]
-    row: dict[str, Any] = {"policy": policy, "group": "control" if policy in frames else "arm"}
+    group = "average" if policy.endswith(f"_{AVERAGE}") else "control"
+    row: dict[str, Any] = {"policy": policy, "group": group if policy in frames else "arm"}
     row |= {"seeds": len(own), "n": own[0]["prompt_id"].nunique()}
     for reward in REWARDS:
         column = f"reward_{reward}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils.policy_arms import ARMS, HEADLINE
+from utils.policy_arms import ARMS, AVERAGE, HEADLINE
 from utils.published_runs import PROFILE, finished_run
 from utils.results import ResultsError, Run, read_jsonl
 
@@ -62,7 +62,8 @@ def policy_frames(results: Path) -> dict[str, pd.DataFrame]:
 def missing_policies(frames: Frames) -> list[str]:
     """Name the evaluations of the study that are not published yet."""
     wanted = [f"{arm}_s{seed}" for arm in ARMS for seed in ARMS[arm].seeds]
-    wanted += [*CONTROLS, "sft_16bit", *(f"{arm}_s0_greedy" for arm in HEADLINE)]
+    wanted += [*CONTROLS, "sft_16bit"]
+    wanted += [f"{arm}_{kind}" for arm in HEADLINE for kind in ("s0_greedy", AVERAGE)]
     return [name for name in wanted if name not in frames]
 
 

@@ -3,7 +3,8 @@
     python -m utils.policy_study                     # all that is missing
     python -m utils.policy_study scalar ordinal:1    # an arm with all its seeds, one of another
     python -m utils.policy_study trials              # the hyper-parameters, on validation prompts
-    python -m utils.policy_study tests               # controls and what is trained, test prompts
+    python -m utils.policy_study tests               # controls and what is trained, test prompts;
+                                                     # averages of an arm's seeds, too
 
 The reward models and the judge are the published ones. A policy lands in
 runs/cpu/align_<arm>_s<seed>, its evaluation in runs/cpu/test_<arm>_s<seed>; what was stopped goes
@@ -24,10 +25,12 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from utils.alignment import Scale, align_policy
+from utils.averaging import average_adapters
 from utils.checkpoints import load_adapter
 from utils.comparison import Comparison
 from utils.config import Profile, config_hash
 from utils.environment import quiet
+from utils.evaluation import held_out_metrics
 from utils.judge import Judge
 from utils.pipeline import (
     SAMPLING_FIELDS,
@@ -42,13 +45,21 @@ from utils.pipeline import (
     stage_config,
     texts_of,
 )
-from utils.policy_arms import ARMS, TRIALS, PolicyArm, policy_profile, trial_profile
+from utils.policy_arms import (
+    ARMS,
+    AVERAGE,
+    AVERAGE_SCALES,
+    TRIALS,
+    PolicyArm,
+    policy_profile,
+    trial_profile,
+)
 from utils.profiles import with_fields
 from utils.publish import read_record
 from utils.published import load_published, published_sums
 from utils.readouts import PolicyReward, rival_distributions
 from utils.reinforce import TrainingStopped
-from utils.results import Run, read_jsonl
+from utils.results import ResultsError, Run, read_jsonl
 from utils.rewards import RewardModel
 
 POLICY_FIELDS = ("data", "model", "reinforce", "evaluation")
@@ -92,8 +103,43 @@ def scale_stage(reward: str, readout: str = "mean") -> Scale:
     return mean, std
 
 
+def average_stage(arm: str, trained: Sequence[str]) -> Run:
+    """Evaluate the average of an arm's seeds on the validation prompts by scale, or find it done.
+
+    `run.json` then holds `scale`, the one with the highest reward within the KL budget.
+
+    Args:
+        arm: its name; its seeds are trained.
+        trained: the configuration hash of each seed.
+
+    Raises:
+        ResultsError: if every scale is beyond the budget.
+    """
+    profile, kind = _base(), ARMS[arm].reward
+    models, facts = published_sums((kind, "judge")), _reward_facts(kind, "mean")
+    facts |= {"average_of": trained, "scales": AVERAGE_SCALES}
+    config = stage_config(profile, POLICY_FIELDS, models=models, **facts)
+    run, finished = open_stage(profile, f"average_{arm}", config)
+    if not finished:
+        (run.directory / "metrics.csv").unlink(missing_ok=True)  # of one that was stopped
+        held_out = {"own": kind, "judge": "judge"}
+        scorers = {role: _scorer(name) for role, name in held_out.items()}
+        scales = {role: scale_stage(name) for role, name in held_out.items()}
+        prompts = prepared_data(profile).prompts("validation")
+        for scale in AVERAGE_SCALES:
+            average = _load_average(arm, scale)
+            metrics = held_out_metrics(*average, prompts, profile, scorers, scales)
+            print(f"[{run.directory.name}] scale {scale}: {metrics}", flush=True)
+            run.log({"scale": scale, **metrics})
+        table, budget = run.metrics(), profile.reinforce.kl_budget
+        if (within := table[table["eval_kl"] <= budget]).empty:
+            raise ResultsError(f"no average of {arm} is within {budget} nats: try smaller scales")
+        run.finish(scale=within.loc[within["eval_reward"].idxmax(), "scale"].item())
+    return run
+
+
 def evaluation_stages() -> dict[str, pd.DataFrame]:
-    """Evaluate the controls and every policy that is trained on the test prompts.
+    """Evaluate the controls, what is trained, and averages of seeds on the test prompts.
 
     Returns:
         Rows of `evaluate_policy` by policy, with the rewards in SFT standard deviations.
@@ -109,12 +155,18 @@ def evaluation_stages() -> dict[str, pd.DataFrame]:
     frames["sft_pool"] = comparison.evaluate(
         "sft_pool", comparison.sft, temperature, reference=False, changes=POOL
     )
-    for name, seed, shaped_by in _trained():
+    trained = [*_trained()]
+    for name, seed, shaped_by in trained:
         evaluate = partial(comparison.evaluate, load=partial(_load, name, seed), trained=shaped_by)
         policy = f"{name}_s{seed}"
         frames[policy] = evaluate(policy, temperature=temperature)
         if seed == 0:
             frames[f"{policy}_greedy"] = evaluate(f"{policy}_greedy", temperature=0.0)
+    for name, hashes in _complete(trained):
+        scale = average_stage(name, hashes).info["scale"]
+        load = partial(_load_average, name, scale)
+        policy = f"{name}_{AVERAGE}"
+        frames[policy] = comparison.evaluate(policy, load, temperature, trained=hashes, scale=scale)
     return frames
 
 
@@ -222,6 +274,23 @@ def _trained() -> Iterator[tuple[str, int, str]]:
                 yield name, seed, wanted
             else:
                 print(f"[align_{name}_s{seed}] is not trained yet, and not evaluated", flush=True)
+
+
+def _complete(trained: Sequence[tuple[str, int, str]]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each arm of several seeds that are all trained, with their hashes."""
+    for name, arm in ARMS.items():
+        hashes = [found for other, _, found in trained if other == name]
+        if len(hashes) == len(arm.seeds) > 1:
+            yield name, hashes
+
+
+def _load_average(name: str, scale: float) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load the average of an arm's seeds."""
+    policy, tokenizer = load_sft(_base())
+    runs = runs_dir(_base())
+    seeds = [runs / f"align_{name}_s{seed}" for seed in ARMS[name].seeds]
+    average_adapters(policy, seeds, scale)
+    return policy, tokenizer
 
 
 def _load(name: str, seed: int) -> tuple[PeftModel, PreTrainedTokenizerBase]:

@@ -97,7 +97,9 @@ def baselines_figure(logs: Logs, title: str) -> Figure:
 
 
 @style()
-def frontier(table: pd.DataFrame, best_of_n: pd.DataFrame, title: str) -> Figure:
+def frontier(
+    table: pd.DataFrame, best_of_n: pd.DataFrame, averages: pd.DataFrame, title: str
+) -> Figure:
     """Show what each arm gains per KL, by its own reward and by the judge, and where they part.
 
     Both are gains over SFT on the same prompts, since the curves are measured on the validation
@@ -106,11 +108,16 @@ def frontier(table: pd.DataFrame, best_of_n: pd.DataFrame, title: str) -> Figure
     Args:
         table: of `frontier_table`; a panel per arm, means over seeds, thin each seed.
         best_of_n: of `best_of_n_table`; shown where the arm's reward model picks.
+        averages: of `average_table`; their gain is over what the arm's runs have at step 0.
         title: of the figure.
     """
     start = table[table["step"] == 0].set_index(["arm", "seed"])[["reward", "judge"]]
     from_sft = start.loc[pd.MultiIndex.from_frame(table[["arm", "seed"]])].to_numpy()
     table = table.assign(**(table[["reward", "judge"]] - from_sft))
+    sft = start.groupby("arm").mean()  # the same prompts and dice for all of an arm's seeds
+    averages = averages[averages["arm"].isin(sft.index)]
+    from_sft = sft.loc[averages["arm"]].to_numpy()
+    averages = averages.assign(**(averages[["reward", "judge"]] - from_sft))
     arms = [(arm, table[table["arm"] == arm]) for arm in in_order(table["arm"])]
     columns = 2 if len(arms) == 4 else min(3, len(arms))
     rows = math.ceil(len(arms) / columns)
@@ -119,6 +126,10 @@ def frontier(table: pd.DataFrame, best_of_n: pd.DataFrame, title: str) -> Figure
         label, color = arm_look(arm, place)
         _frontier_lines(ax, runs, color)
         _best_of_n(ax, best_of_n[best_of_n["proxy"] == arm.partition("_")[0]])
+        average = averages[averages["arm"] == arm].sort_values("sqrt_kl")
+        for column, ls, face in (("reward", "-", look.DARK), ("judge", "--", "white")):
+            style = {"color": look.DARK, "ls": ls, "lw": 1, "marker": "^", "mfc": face}
+            ax.plot(average["sqrt_kl"], average[column], ms=5, **style)
         ax.set_title(label, fontsize=9)
         ax.tick_params(labelbottom=place + columns >= len(arms))
         ax.set_xlabel("√KL to SFT, KL in nats" if place + columns >= len(arms) else "")
@@ -127,6 +138,9 @@ def frontier(table: pd.DataFrame, best_of_n: pd.DataFrame, title: str) -> Figure
     for ls, marker, name in (("-", "o", "own reward"), ("--", "s", "judge")):
         axes[0].plot([], [], ls=ls, marker=marker, ms=4, color=look.DARK, label=name)
     axes[0].plot([], [], "*", ms=12, color=look.DARK, label="judge's highest")
+    if len(averages):
+        text = "average of the seeds, scaled (hollow: judge)"
+        axes[0].plot([], [], "^-", ms=5, lw=1, color=look.DARK, label=text)
     for face, name in ((look.GREY, "own reward"), ("white", "judge")):
         if len(best_of_n):
             text = f"best of n SFT samples, {name}"

@@ -5,12 +5,13 @@ Every function returns Markdown, and says so where nothing is published to make 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pandas as pd
 
-from utils.policy_arms import ARMS, HEADLINE
+from utils.policy_arms import ARMS, AVERAGE, HEADLINE
 from utils.policy_look import in_order, label
 from utils.targets import target_words
 from utils.wording import listed, verdict, with_interval
@@ -48,6 +49,24 @@ def best_of_n_words(best: pd.DataFrame, table: pd.DataFrame) -> str:
                 f" at {policy['kl']:.1f} nats and {policy['length']:.0f} tokens."
             )
     return listed(lines, NONE)
+
+
+def average_words(table: pd.DataFrame) -> str:
+    """Hold the averages of seeds in `policy_table` against their arms: the gain, and its price."""
+    lines = []
+    for arm, rows in _by_arm(table):
+        averages = table[table["policy"] == f"{arm}_{AVERAGE}"]
+        for _, average in averages.iterrows():
+            own, alone = f"gain_{ARMS[arm].reward}", rows.iloc[0]
+            prices = (row[own] / math.sqrt(row["kl"]) for row in (average, alone))
+            lines.append(
+                f"**{label(arm)}**: the average of the seeds gains {with_interval(average, own)} "
+                f"under its own reward model and {with_interval(average, 'gain_judge')} under the "
+                f"judge at {average['kl']:.1f} nats; a seed alone {with_interval(alone, own)} and "
+                f"{with_interval(alone, 'gain_judge')} at {alone['kl']:.1f}. For the root of a nat "
+                "the own gain is {:.2f} against {:.2f}.".format(*prices)
+            )
+    return listed(lines, "No average is published yet.")
 
 
 def level_words(levels: pd.DataFrame) -> str:
@@ -118,9 +137,9 @@ def category_words(table: pd.DataFrame) -> str:
 
 
 def arm_target_words(targets: pd.DataFrame) -> str:
-    """Say which targets of `target_table` each arm reaches."""
+    """Say which targets of `target_table` each arm, and each average of seeds, reaches."""
     lines = []
-    for arm, part in _by_arm(targets, "arm"):
+    for arm, part in targets.groupby("arm", sort=False) if len(targets) else ():
         count = f"{part['reached'].sum()} of {len(part)} targets reached"
         lines.append(f"**Aligned with the {label(arm)}**, {count}:")
         lines.append(target_words(part))

@@ -8,6 +8,7 @@ import pytest
 from utils import policy_logs
 from utils.policy_arms import ARMS, READOUTS, SETTINGS, policy_profile, settings_table
 from utils.policy_logs import (
+    average_table,
     baseline_table,
     frontier_table,
     missing_logs,
@@ -74,6 +75,22 @@ def test_runs_that_cannot_be_used_are_named(tmp_path):
     write_run(tmp_path, "align_ordinal_s0", status="running")
     with pytest.raises(ResultsError, match="cpu-align_ordinal_s0 is not finished, its status is"):
         seed_runs(tmp_path, "align_ordinal")
+
+
+def test_averages_by_scale(tmp_path):
+    assert average_table(tmp_path).empty
+    for arm, best in (("ordinal", 1.0), ("scalar", 0.5)):
+        folder = tmp_path / f"cpu-average_{arm}"
+        write_json(folder / "run.json", RUN | {"scale": best})
+        for scale in (0.5, 1.0):
+            row = {"scale": scale, "eval_reward": 3 * scale, "eval_judge": 2.0, "eval_kl": scale**2}
+            row |= dict.fromkeys(("eval_reward_low", "eval_reward_high"), 0.0)
+            append_csv(folder / "metrics.csv", row | {"eval_mean_length": 9.0})
+    table = average_table(tmp_path)
+    assert table["arm"].tolist() == ["scalar"] * 2 + ["ordinal"] * 2
+    assert table["chosen"].tolist() == [True, False, False, True]
+    assert table["reward"].tolist() == [1.5, 3.0] * 2
+    assert table["sqrt_kl"].tolist() == [0.5, 1.0] * 2
 
 
 def test_trials(tmp_path, monkeypatch):

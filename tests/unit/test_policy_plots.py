@@ -72,10 +72,19 @@ def picks() -> pd.DataFrame:
     return frame
 
 
+def averages(*arms: str) -> pd.DataFrame:
+    """Return rows of `average_table`, of scale 1 above 0.5."""
+    rows = [(arm, *row) for arm in arms for row in ((1.0, 2.0, 1.8, 1.1), (0.5, 1.0, 1.2, 0.7))]
+    return pd.DataFrame(rows, columns=["arm", "scale", "sqrt_kl", "reward", "judge"])
+
+
 def policies(*names: str) -> pd.DataFrame:
     """Return rows of `policy_table`; the first gain's interval holds 0."""
     frame = pd.DataFrame({"policy": names})
-    frame["group"] = ["arm" if name in ARMS else "control" for name in names]
+    frame["group"] = [
+        "arm" if name in ARMS else "average" if name.endswith("average") else "control"
+        for name in names
+    ]
     for place, reward in enumerate(("scalar", "ordinal", "judge")):
         gain = 0.1 + place + frame.index / 2
         frame[f"gain_{reward}"] = gain
@@ -143,7 +152,7 @@ def categories(*names: str) -> pd.DataFrame:
 FIGURES: dict[str, Callable[[], Figure]] = {
     "policy_curves": lambda: policy_plots.policy_curves(logs(scalar=[metrics()]), "t"),
     "baselines_figure": lambda: policy_plots.baselines_figure(logs(scalar=[metrics()]), "t"),
-    "frontier": lambda: policy_plots.frontier(curve("scalar"), picks(), "t"),
+    "frontier": lambda: policy_plots.frontier(curve("scalar"), picks(), averages("scalar"), "t"),
     "policy_bars": lambda: policy_plots.policy_bars(policies("scalar"), "judge", "t"),
     "win_bars": lambda: policy_plots.win_bars(policies("scalar"), "t"),
     "length_figure": lambda: policy_plots.length_figure(
@@ -204,6 +213,8 @@ def test_arms_keep_label_and_colour():
     assert policy_look.arm_look("scalar_s2") == (f"{ARMS['scalar'].label}, seed 2", look.BLUE)
     greedy = policy_look.arm_look("scalar_none_s0_greedy")
     assert greedy == (f"{ARMS['scalar_none'].label}, seed 0, greedy", "#000000")
+    average = policy_look.arm_look("ordinal_average")
+    assert average == (f"{ARMS['ordinal'].label}, average of the seeds", look.ORANGE)
     assert policy_look.arm_look("sft_greedy") == ("SFT, greedy", look.PURPLE)
     assert policy_look.arm_look("some_other", 2) == ("some other", look.GREEN)
     assert len({policy_look.arm_look(arm)[1] for arm in ARMS}) == len(ARMS)
@@ -302,7 +313,8 @@ def test_baselines_side_by_side():
 
 
 def test_the_frontier_starts_at_sft():
-    figure = policy_plots.frontier(curve("scalar", seeds=3), picks(), "t")
+    shown = averages("scalar", "ordinal")
+    figure = policy_plots.frontier(curve("scalar", seeds=3), picks(), shown, "t")
     (ax,) = figure.axes
     (own,), (judge,) = thick(ax), thick(ax, "--")
     assert own.get_xydata() == pytest.approx(np.array([[0, 0], [1, 0.7], [2, 1.1]]))
@@ -314,37 +326,45 @@ def test_the_frontier_starts_at_sft():
     assert hollow.get_markerfacecolor() == "white" != filled.get_markerfacecolor()
     low_high = ax.collections[-1].get_segments()[1][:, 1]
     assert low_high == pytest.approx([0.2, 0.35])
+    own, judge = lines(ax, "^")  # above what SFT has at step 0, by KL
+    assert own.get_xydata() == pytest.approx(np.array([[1, 1.0], [2, 1.6]]))
+    assert judge.get_xydata() == pytest.approx(np.array([[1, 0.6], [2, 1.0]]))
+    assert [name for name in legend(figure) if "average" in name]
 
 
 def test_each_arm_has_its_frontier_and_its_best_of_n():
     table = curve("ordinal_cautious", "scalar", "ordinal", "scalar_none")
-    figure = policy_plots.frontier(table, picks(), "t")
+    figure = policy_plots.frontier(table, picks(), averages("ordinal"), "t")
     names = ["scalar", "ordinal", "ordinal_cautious", "scalar_none"]
     assert [ax.get_title("left") for ax in figure.axes] == [ARMS[name].label for name in names]
     best = [lines(ax, "D")[0].get_ydata().max() for ax in figure.axes]
     assert best == [0.6, 9, 9, 0.6]
-    alone = policy_plots.frontier(curve("scalar").assign(judge=math.nan), picks().head(0), "t")
+    assert [len(points(ax, "^")) for ax in figure.axes] == [0, 4, 0, 0]
+    unjudged, none = curve("scalar").assign(judge=math.nan), picks().head(0)
+    alone = policy_plots.frontier(unjudged, none, averages(), "t")
     alone.draw_without_rendering()
     assert not points(alone.axes[0], "*")
-    assert not [name for name in legend(alone) if "best of n" in name]
+    assert not [name for name in legend(alone) if "best of n" in name or "average" in name]
 
 
 def test_gains_come_in_groups():
-    names = ["sft", "scalar_s0_greedy", "ordinal", "sft_best", "scalar"]
+    names = ["sft", "scalar_s0_greedy", "ordinal", "scalar_average", "sft_best", "scalar"]
     table = policies(*names)
     figure = policy_plots.policy_bars(table, "ordinal", "t")
     (ax,) = figure.axes
     scalar, ordinal = ARMS["scalar"].label, ARMS["ordinal"].label
-    headings = ["aligned", "aligned, one seed, greedy", "SFT controls"]
+    headings = ["aligned", "aligned, average of the seeds", "aligned, one seed, greedy"]
+    headings.append("SFT controls")
     assert rows_named(ax) == [
         *(headings[0], scalar, ordinal),
-        *(headings[1], f"{scalar}, seed 0, greedy"),
-        *(headings[2], "SFT, best temperature"),
+        *(headings[1], f"{scalar}, average of the seeds"),
+        *(headings[2], f"{scalar}, seed 0, greedy"),
+        *(headings[3], "SFT, best temperature"),
     ]
     bold = [text.get_text() for text in ax.get_yticklabels() if text.get_weight() == "bold"]
     assert bold == headings
     gains = table.set_index("policy")["gain_ordinal"]
-    order = {1: "scalar", 2: "ordinal", 4: "scalar_s0_greedy", 6: "sft_best"}
+    order = {1: "scalar", 2: "ordinal", 4: "scalar_average", 6: "scalar_s0_greedy", 8: "sft_best"}
     assert points(ax) == [(gains[name], place) for place, name in order.items()]
     assert ax.yaxis_inverted()
     assert not figure.legends

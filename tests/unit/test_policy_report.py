@@ -158,7 +158,8 @@ def test_without_a_control_or_a_policy_nothing_compares(tmp_path):
     assert len(found) == 5
     missing = missing_policies(found)
     assert missing[:3] == ["scalar_s1", "scalar_s2", "ordinal_s0"]
-    assert missing[-3:] == ["sft_16bit", "scalar_s0_greedy", "ordinal_s0_greedy"]
+    kinds = [f"{arm}_{kind}" for arm in ("scalar", "ordinal") for kind in ("s0_greedy", "average")]
+    assert missing[-5:] == ["sft_16bit", *kinds]
     (tmp_path / "cpu-test_sft_greedy").rename(tmp_path / "away")
     assert policy_frames(tmp_path) == {}
     assert {"sft", "scalar_s0", "sft_pool"} <= {*missing_policies({})}
@@ -197,6 +198,9 @@ def test_policies_by_hand(frames):
     assert (sft["group"], sft["seeds"], sft["tie"], sft["win_rate"]) == ("control", 1, 1, 0.5)
     assert math.isnan(sft["gain_judge_sd"])
     assert math.isnan(table.loc["sft_16bit", "kl"])
+    averaged = policy_table(frames | {"scalar_average": frames["scalar_s1"]}, 50)
+    row = averaged.set_index("policy").loc["scalar_average"]
+    assert (row["group"], row["seeds"], row["gain_judge"]) == ("average", 1, pytest.approx(4 / 3))
 
 
 def test_seeds_pooled_are_not_independent_prompts(frames):
@@ -307,6 +311,16 @@ def test_targets_at_their_bounds():
     equal = rows.loc["gain under the judge at equal length, interval"]
     assert (equal["value"], equal["low"], equal["wanted"]) == (0.3, 0.05, "above 0.00")
     assert math.isnan(rows.loc["KL, nats", "low"])
+
+
+def test_averages_are_held_against_the_targets_too():
+    policies, equal = measured()
+    average = policies.head(1).assign(policy="scalar_average", gain_scalar=1.2)
+    lengths = pd.concat([equal, equal.head(3).assign(policy="scalar_average")])
+    table = target_table(pd.concat([average, policies]), lengths).set_index(["arm", "target"])
+    assert table.index.unique("arm").tolist() == ["scalar", "scalar_average"]
+    missed = table[~table["reached"]]
+    assert missed.index.tolist() == [("scalar_average", "gain under its own reward model")]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import shutil
 import pandas as pd
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from utils import comparison, pipeline, policy_arms, policy_study, published, results
@@ -18,7 +19,15 @@ from utils.evaluation import evaluate_policy
 from utils.losses import CLASSES, expected_rating
 from utils.model_size import GB, ModelSize
 from utils.pipeline import prepared_data, reward_scale, sft_stage
-from utils.policy_arms import ARMS, SEEDS, SETTINGS, TRIALS, PolicyArm, policy_profile
+from utils.policy_arms import (
+    ARMS,
+    AVERAGE_SCALES,
+    SEEDS,
+    SETTINGS,
+    TRIALS,
+    PolicyArm,
+    policy_profile,
+)
 from utils.profiles import PROFILES
 from utils.readouts import READOUTS
 from utils.reinforce import TrainingStopped
@@ -71,6 +80,7 @@ def world(tmp_path_factory):
         "reinforce.learning_rate": 3e-2,
         "reinforce.steps": 2,
         "reinforce.eval_steps": 1,
+        "reinforce.kl_budget": 1e6,
         "data.test_prompts": 3,
     }
     models = root / "results" / "models"
@@ -239,7 +249,8 @@ def test_trials_never_touch_the_test_prompts(world, monkeypatch):
 def test_what_is_trained_is_evaluated_beside_the_controls(world):
     controls = ["sft", "sft_best", "sft_greedy", "sft_16bit", "sft_pool"]
     trained = ["scalar_s0", "scalar_s0_greedy", "scalar_s1", "lazy_s0", "lazy_s0_greedy"]
-    assert list(world.frames) == [*controls, *trained, "beats_s0", "beats_s0_greedy"]
+    trained += ["beats_s0", "beats_s0_greedy", "scalar_average"]
+    assert list(world.frames) == [*controls, *trained]
     test = prepared_data(policy_arms.policy_profile("scalar", 0)).prompts("test")
     for name, frame in world.frames.items():
         each = 16 if name == "sft_pool" else 2
@@ -263,6 +274,74 @@ def test_policies_meet_the_same_dice_and_the_pool_others(world):
     assert (pool > 2).all(), "sixteen samples of a prompt are sixteen draws"
     # The pool's first two rows would be the evaluation's if it had the same noise.
     assert frames["sft_pool"]["response"][:2].tolist() != frames["sft"]["response"][:2].tolist()
+
+
+# Averages of seeds
+
+
+def updates(policy):
+    """Return what the active adapters add to each weight."""
+    return {
+        name: module.get_delta_weight(module.active_adapters[0])
+        for name, module in policy.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def test_an_average_is_the_mean_of_the_updates_times_the_scale(world):
+    seeds = [updates(policy_study._load("scalar", seed)[0]) for seed in (0, 1)]
+    average = updates(policy_study._load_average("scalar", 1.5)[0])
+    assert average.keys() == seeds[0].keys()
+    for name, update in average.items():
+        first, second = (seed[name] for seed in seeds)
+        assert (first - second).abs().max() > 0
+        expected = 1.5 * (first + second) / 2
+        assert (update - expected).abs().max() < 0.01 * expected.abs().max(), name
+    same, _ = policy_study._load_average("scalar", 0.0)
+    assert all(update.abs().max() == 0 for update in updates(same).values()), "the SFT model"
+
+
+def test_the_scale_is_chosen_on_validation_prompts(world, monkeypatch):
+    run = policy_study.average_stage(
+        "scalar", [h for n, _, h in policy_study._trained() if n == "scalar"]
+    )
+    table = run.metrics()
+    assert table["scale"].tolist() == [*AVERAGE_SCALES]
+    assert run.info["scale"] == table.loc[table["eval_reward"].idxmax(), "scale"]
+    tested = read_json(world.runs / "test_scalar_average" / "run.json")["config"]
+    assert tested["scale"] == run.info["scale"]
+    assert len(tested["trained"]) == 2
+    # The highest reward is beyond the budget, and of two within it the better is not the last.
+    kls, rewards = [1, 2, 3, 4, 2e6], [1.0, 4.0, 3.0, 2.0, 9.0]
+    found = iter(zip(kls, rewards, strict=True))
+    asked = []
+
+    def metrics(policy, tokenizer, prompts, *_):
+        asked.append(prompts)
+        kl, reward = next(found)
+        return {"eval_reward": reward, "eval_kl": kl}
+
+    def open_other(profile, name, config):
+        return pipeline.open_stage(profile, f"other_{name}", config)
+
+    monkeypatch.setattr(policy_study, "held_out_metrics", metrics)
+    monkeypatch.setattr(policy_study, "open_stage", open_other)
+    other = policy_study.average_stage("scalar", ["other"])
+    assert other.info["scale"] == AVERAGE_SCALES[1]
+    validation = prepared_data(policy_arms.policy_profile("scalar", 0)).prompts("validation")
+    assert asked == [validation] * len(AVERAGE_SCALES)
+    found = iter([(2e6, 1.0)] * len(AVERAGE_SCALES))
+    with pytest.raises(ResultsError, match=r"no average of scalar is within 1000000\.0 nats"):
+        policy_study.average_stage("scalar", ["yet other"])
+
+
+def test_an_average_needs_all_seeds():
+    trained = [("scalar", 0, "a"), ("lazy", 0, "b")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy_study, "ARMS", SMALL)
+        assert not [*policy_study._complete(trained)]
+        found = [*policy_study._complete([*trained, ("scalar", 1, "c")])]
+    assert found == [("scalar", ["a", "c"])], "and more than one"
 
 
 def test_rewards_are_in_units_of_the_sft_model(world):
@@ -329,6 +408,7 @@ def test_publish_and_load(world, capsys):
     assert set(index["policies"]) == {"scalar", "lazy", "beats"}
     names = {path.name for path in (world.root / "results").glob("cpu-*")}
     assert {"cpu-align_scalar_s1", "cpu-test_beats_s0", "cpu-sft_rivals"} <= names
+    assert {"cpu-average_scalar", "cpu-test_scalar_average"} <= names
     assert {"cpu-test_sft_pool", "cpu-validation_sft_T0.2", "cpu-scale_judge_mean"} <= names
     assert not [name for name in names if "@" in name]
 

@@ -167,7 +167,23 @@ def test_targets():
         "- gain: 0.50 [0.25, 0.75], wanted above 0.00: reached\n"
         "- KL, nats: 12.00, wanted at most 10.00: **not reached**"
     )
+    both = pd.concat([table, table.head(1).assign(arm="scalar_average")])
+    *_, average = policy_words.arm_target_words(both).split("\n\n**")
+    assert average.startswith(f"Aligned with the {SCALAR}, average of the seeds**, 1 of 1 targets")
     assert "not published yet" in policy_words.arm_target_words(NOTHING)
+
+
+def test_averages():
+    average = row("scalar_average", (2.0, 1.5, 2.5), own=(1.5, 1.0, 2.0)) | {"kl": 9.0}
+    table = pd.DataFrame([row("scalar", (1.0, 0.5, 1.5)), row("ordinal", (1, 0, 2)), average])
+    assert policy_words.average_words(table) == (
+        f"- **{SCALAR}**: the average of the seeds gains +1.50 [+1.00, +2.00] under its own reward "
+        "model and +2.00 [+1.50, +2.50] under the judge at 9.0 nats; a seed alone +1.00 [+0.50, "
+        "+1.50] and +1.00 [+0.50, +1.50] at 4.0. For the root of a nat the own gain is 0.50 "
+        "against 0.50."
+    )
+    assert policy_words.average_words(table.head(2)) == "No average is published yet."
+    assert policy_words.average_words(NOTHING) == "No average is published yet."
 
 
 # One run
