@@ -78,8 +78,8 @@ TRIALS: dict[str, dict[str, Any]] = {
     "lr3e-4_beta0.05": _SHORT | {"reinforce.learning_rate": 3e-4, "reinforce.beta": 0.05},
     "lr6e-4_beta0.1": _SHORT | {"reinforce.learning_rate": 6e-4, "reinforce.beta": 0.1},
     "long_lr6e-4_beta0.1": _LONG | {"reinforce.learning_rate": 6e-4, "reinforce.beta": 0.1},
-    "long_lr6e-4_beta0.07": _LONG | {"reinforce.learning_rate": 6e-4},
-    "long_lr4e-4_beta0.07": _LONG,
+    "long_lr6e-4_beta0.07": _LONG | {"reinforce.learning_rate": 6e-4, "reinforce.beta": 0.07},
+    "long_lr4e-4_beta0.07": _LONG | {"reinforce.learning_rate": 4e-4, "reinforce.beta": 0.07},
 }
 
 
