@@ -11,7 +11,13 @@ import pandas as pd
 from utils.environment import RESULTS
 from utils.policy_arms import HEADLINE as POLICY_HEADLINE
 from utils.policy_look import in_order, label
-from utils.policy_words import arm_target_words, gain_words, length_words, level_words
+from utils.policy_words import (
+    arm_target_words,
+    average_words,
+    gain_words,
+    length_words,
+    level_words,
+)
 from utils.results import GLOSSARY, read_json
 from utils.wording import with_interval
 
@@ -102,12 +108,14 @@ def _policy_table(results: Path) -> str:
 def _answer(results: Path) -> str:
     """Say what the intervals allow of the arms that the report is about, and no more."""
     table, lengths, levels = (published_table(results, n) for n in ("policies", "length", "levels"))
+    averages = average_words(table)
     table, lengths = (part[part["policy"].isin(POLICY_HEADLINE)] for part in (table, lengths))
     between = levels[levels[["first", "second"]].isin(POLICY_HEADLINE).all(axis=1)]
     parts = {
         "Did the reward rise, and does the judge agree?": gain_words(table),
         "Which reward model makes the better policy?": level_words(between),
         "Is it length?": length_words(lengths, published_table(results, "length_regression")),
+        "Is the average of the seeds better than a seed?": averages,
     }
     return "\n\n".join(f"*{question}*\n\n{answer}" for question, answer in parts.items())
 
