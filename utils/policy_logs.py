@@ -33,7 +33,7 @@ _HELD_OUT = {
 }
 _FRONTIER = ["arm", "seed", "step", "kl", "sqrt_kl", "reward", "reward_low", "reward_high"]
 _FRONTIER += ["judge", "length"]
-_AVERAGES = ["arm", "scale", "chosen", "kl", "sqrt_kl", "reward", "judge", "length"]
+_AVERAGES = ["arm", "seeds", "scale", "chosen", "kl", "sqrt_kl", "reward", "judge", "length"]
 _PEAKS = ["arm", "seed", "reward_step", "judge_step", "reward_max", "judge_max", "judge_kl"]
 _PEAKS += ["judge_at_reward_max", "judge_last", "parted"]
 
@@ -160,20 +160,24 @@ def frontier_table(logs: Logs) -> pd.DataFrame:
 
 
 def average_table(results: Path) -> pd.DataFrame:
-    """Return the held-out rows of each average of seeds by scale, the folders `cpu-average_<arm>`.
+    """Return the held-out rows of the averages of seeds, and of a seed that is only scaled.
+
+    They are in the folders `cpu-average_<arm>` and `cpu-scaled_<arm>`.
 
     Returns:
-        A row per arm and scale: arm, scale, `chosen`, and the held-out columns of `frontier_table`
-        without the intervals.
+        A row per arm, number of `seeds` and scale: arm, seeds, scale, `chosen`, and the held-out
+        columns of `frontier_table` without the intervals.
     """
     rows = []
     for arm in ARMS:
-        if (path := results / f"{PROFILE}-average_{arm}").exists():
-            run = finished_run(path)
-            table = run.metrics().rename(columns=_HELD_OUT)
-            table["sqrt_kl"] = np.sqrt(table["kl"].clip(lower=0))
-            table["chosen"] = table["scale"] == run.info["scale"]
-            rows.append(table.assign(arm=arm)[_AVERAGES])
+        for path in (results / f"{PROFILE}-{kind}_{arm}" for kind in ("average", "scaled")):
+            if path.exists():
+                run = finished_run(path)
+                table = run.metrics().rename(columns=_HELD_OUT)
+                table["sqrt_kl"] = np.sqrt(table["kl"].clip(lower=0))
+                table["chosen"] = table["scale"] == run.info["scale"]
+                table["seeds"] = len(run.info["config"]["average_of"])
+                rows.append(table.assign(arm=arm)[_AVERAGES])
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=_AVERAGES)
 
 

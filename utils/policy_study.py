@@ -15,7 +15,7 @@ on from its last checkpoint. `python -m utils.published` copies what is there in
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -103,23 +103,24 @@ def scale_stage(reward: str, readout: str = "mean") -> Scale:
     return mean, std
 
 
-def average_stage(arm: str, trained: Sequence[str]) -> Run:
+def average_stage(name: str, arm: str, seeds: Mapping[int, str]) -> Run:
     """Evaluate the average of an arm's seeds on the validation prompts by scale, or find it done.
 
     `run.json` then holds `scale`, the one with the highest reward within the KL budget.
 
     Args:
-        arm: its name; its seeds are trained.
-        trained: the configuration hash of each seed.
+        name: of the stage.
+        arm: whose seeds.
+        seeds: which of them, trained, with the hash of their configuration.
 
     Raises:
         ResultsError: if every scale is beyond the budget.
     """
     profile, kind = _base(), ARMS[arm].reward
     models, facts = published_sums((kind, "judge")), _reward_facts(kind, "mean")
-    facts |= {"average_of": trained, "scales": AVERAGE_SCALES}
+    facts |= {"average_of": [*seeds.values()], "scales": AVERAGE_SCALES}
     config = stage_config(profile, POLICY_FIELDS, models=models, **facts)
-    run, finished = open_stage(profile, f"average_{arm}", config)
+    run, finished = open_stage(profile, name, config)
     if not finished:
         (run.directory / "metrics.csv").unlink(missing_ok=True)  # of one that was stopped
         held_out = {"own": kind, "judge": "judge"}
@@ -127,13 +128,13 @@ def average_stage(arm: str, trained: Sequence[str]) -> Run:
         scales = {role: scale_stage(name) for role, name in held_out.items()}
         prompts = prepared_data(profile).prompts("validation")
         for scale in AVERAGE_SCALES:
-            average = _load_average(arm, scale)
+            average = _load_average(arm, seeds, scale)
             metrics = held_out_metrics(*average, prompts, profile, scorers, scales)
-            print(f"[{run.directory.name}] scale {scale}: {metrics}", flush=True)
+            print(f"[{name}] scale {scale}: {metrics}", flush=True)
             run.log({"scale": scale, **metrics})
         table, budget = run.metrics(), profile.reinforce.kl_budget
         if (within := table[table["eval_kl"] <= budget]).empty:
-            raise ResultsError(f"no average of {arm} is within {budget} nats: try smaller scales")
+            raise ResultsError(f"{name}: no scale is within {budget} nats, try smaller ones")
         run.finish(scale=within.loc[within["eval_reward"].idxmax(), "scale"].item())
     return run
 
@@ -162,11 +163,15 @@ def evaluation_stages() -> dict[str, pd.DataFrame]:
         frames[policy] = evaluate(policy, temperature=temperature)
         if seed == 0:
             frames[f"{policy}_greedy"] = evaluate(f"{policy}_greedy", temperature=0.0)
-    for name, hashes in _complete(trained):
-        scale = average_stage(name, hashes).info["scale"]
-        load = partial(_load_average, name, scale)
+    for name, seeds in _complete(trained):
+        first = min(seeds)
+        # What of the average's gain the scale alone would have brought.
+        average_stage(f"scaled_{name}", name, {first: seeds[first]})
+        scale = average_stage(f"average_{name}", name, seeds).info["scale"]
+        load = partial(_load_average, name, seeds, scale)
+        shaped_by = {"trained": [*seeds.values()], "scale": scale}
         policy = f"{name}_{AVERAGE}"
-        frames[policy] = comparison.evaluate(policy, load, temperature, trained=hashes, scale=scale)
+        frames[policy] = comparison.evaluate(policy, load, temperature, **shaped_by)
     return frames
 
 
@@ -276,20 +281,22 @@ def _trained() -> Iterator[tuple[str, int, str]]:
                 print(f"[align_{name}_s{seed}] is not trained yet, and not evaluated", flush=True)
 
 
-def _complete(trained: Sequence[tuple[str, int, str]]) -> Iterator[tuple[str, list[str]]]:
-    """Yield each arm of several seeds that are all trained, with their hashes."""
+def _complete(trained: Iterable[tuple[str, int, str]]) -> Iterator[tuple[str, dict[int, str]]]:
+    """Yield each arm of several seeds that are all trained, with their hashes by seed."""
+    found = [*trained]
     for name, arm in ARMS.items():
-        hashes = [found for other, _, found in trained if other == name]
-        if len(hashes) == len(arm.seeds) > 1:
-            yield name, hashes
+        seeds = {seed: shaped_by for other, seed, shaped_by in found if other == name}
+        if len(seeds) == len(arm.seeds) > 1:
+            yield name, seeds
 
 
-def _load_average(name: str, scale: float) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+def _load_average(
+    name: str, seeds: Iterable[int], scale: float
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load the average of an arm's seeds."""
     policy, tokenizer = load_sft(_base())
-    runs = runs_dir(_base())
-    seeds = [runs / f"align_{name}_s{seed}" for seed in ARMS[name].seeds]
-    average_adapters(policy, seeds, scale)
+    runs = [runs_dir(_base()) / f"align_{name}_s{seed}" for seed in seeds]
+    average_adapters(policy, runs, scale)
     return policy, tokenizer
 
 

@@ -108,14 +108,15 @@ def frontier(
     Args:
         table: of `frontier_table`; a panel per arm, means over seeds, thin each seed.
         best_of_n: of `best_of_n_table`; shown where the arm's reward model picks.
-        averages: of `average_table`; their gain is over what the arm's runs have at step 0.
+        averages: of `average_table`, those of several seeds; their gain is over what the arm's runs
+            have at step 0.
         title: of the figure.
     """
     start = table[table["step"] == 0].set_index(["arm", "seed"])[["reward", "judge"]]
     from_sft = start.loc[pd.MultiIndex.from_frame(table[["arm", "seed"]])].to_numpy()
     table = table.assign(**(table[["reward", "judge"]] - from_sft))
     sft = start.groupby("arm").mean()  # the same prompts and dice for all of an arm's seeds
-    averages = averages[averages["arm"].isin(sft.index)]
+    averages = averages[averages["arm"].isin(sft.index) & (averages["seeds"] > 1)]
     from_sft = sft.loc[averages["arm"]].to_numpy()
     averages = averages.assign(**(averages[["reward", "judge"]] - from_sft))
     arms = [(arm, table[table["arm"] == arm]) for arm in in_order(table["arm"])]

@@ -48,6 +48,20 @@ def held_out_words(logs: Mapping[int, pd.DataFrame]) -> str:
     return listed(lines, "No run is published yet.")
 
 
+def scaling_words(averages: pd.DataFrame) -> str:
+    """Say of the `chosen` rows of `average_table` what the average has, and a scaled seed."""
+    lines = []
+    for arm, part in averages[averages["chosen"]].groupby("arm", sort=False):
+        said = [
+            f"{'one seed' if row['seeds'] == 1 else 'the average of ' + str(row['seeds'])} times "
+            f"{row['scale']:g} has {row['reward']:+.2f} (judge {row['judge']:+.2f}) at "
+            f"{row['kl']:.1f} nats and {row['length']:.0f} tokens"
+            for row in part.to_dict("records")
+        ]
+        lines.append(f"{label(arm)}: {'; '.join(said)}.")
+    return listed(lines, "No average is published yet.")
+
+
 def baseline_words(table: pd.DataFrame) -> str:
     """Hold the other rows of `baseline_table` against the range of the running mean's seeds."""
     lines, table = [], table.fillna({"half_step": math.inf})  # it never gets there

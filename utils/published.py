@@ -52,7 +52,7 @@ CHOSEN = {"scalar": ("margin_light", 0), "ordinal": ("pairwise_light", 0)}
 NAMES = (*CHOSEN, "judge")
 POLICIES = "policies"  # the index's entry for aligned policies, by arm
 RUNS = ("rm_*", "judge_*", "probes", "trial_*", "sft_*", "scale_*")
-RUNS += ("align_*", "average_*", "validation_*", "test_*")
+RUNS += ("align_*", "average_*", "scaled_*", "validation_*", "test_*")
 
 
 def load_published(name: str) -> RewardModel | Judge:

@@ -24,6 +24,7 @@ from utils.policy_training_words import (
     held_out_words,
     peak_words,
     readout_words,
+    scaling_words,
 )
 from utils.profiles import with_fields
 from utils.published_runs import seed_runs
@@ -79,18 +80,31 @@ def test_runs_that_cannot_be_used_are_named(tmp_path):
 
 def test_averages_by_scale(tmp_path):
     assert average_table(tmp_path).empty
-    for arm, best in (("ordinal", 1.0), ("scalar", 0.5)):
-        folder = tmp_path / f"cpu-average_{arm}"
-        write_json(folder / "run.json", RUN | {"scale": best})
+    for name, best, seeds in (
+        ("average_ordinal", 1.0, "abc"),
+        ("scaled_scalar", 1.0, "a"),
+        ("average_scalar", 0.5, "abc"),
+    ):
+        folder = tmp_path / f"cpu-{name}"
+        config = {"average_of": [*seeds]}
+        write_json(folder / "run.json", RUN | {"scale": best, "config": config})
         for scale in (0.5, 1.0):
             row = {"scale": scale, "eval_reward": 3 * scale, "eval_judge": 2.0, "eval_kl": scale**2}
             row |= dict.fromkeys(("eval_reward_low", "eval_reward_high"), 0.0)
             append_csv(folder / "metrics.csv", row | {"eval_mean_length": 9.0})
     table = average_table(tmp_path)
-    assert table["arm"].tolist() == ["scalar"] * 2 + ["ordinal"] * 2
-    assert table["chosen"].tolist() == [True, False, False, True]
-    assert table["reward"].tolist() == [1.5, 3.0] * 2
-    assert table["sqrt_kl"].tolist() == [0.5, 1.0] * 2
+    assert table["arm"].tolist() == ["scalar"] * 4 + ["ordinal"] * 2
+    assert table["seeds"].tolist() == [3, 3, 1, 1, 3, 3]
+    assert table["chosen"].tolist() == [True, False, False, True, False, True]
+    assert table["reward"].tolist() == [1.5, 3.0] * 3
+    assert table["sqrt_kl"].tolist() == [0.5, 1.0] * 3
+    scalar, ordinal = ARMS["scalar"].label, ARMS["ordinal"].label
+    assert scaling_words(table) == (
+        f"- {scalar}: the average of 3 times 0.5 has +1.50 (judge +2.00) at 0.2 nats and 9 tokens; "
+        "one seed times 1 has +3.00 (judge +2.00) at 1.0 nats and 9 tokens.\n"
+        f"- {ordinal}: the average of 3 times 1 has +3.00 (judge +2.00) at 1.0 nats and 9 tokens."
+    )
+    assert scaling_words(table.head(0)) == "No average is published yet."
 
 
 def test_trials(tmp_path, monkeypatch):

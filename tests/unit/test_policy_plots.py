@@ -73,9 +73,10 @@ def picks() -> pd.DataFrame:
 
 
 def averages(*arms: str) -> pd.DataFrame:
-    """Return rows of `average_table`, of scale 1 above 0.5."""
-    rows = [(arm, *row) for arm in arms for row in ((1.0, 2.0, 1.8, 1.1), (0.5, 1.0, 1.2, 0.7))]
-    return pd.DataFrame(rows, columns=["arm", "scale", "sqrt_kl", "reward", "judge"])
+    """Return rows of `average_table`, of scale 1 above 0.5, and of a seed that is scaled."""
+    points = (3, 1.0, 2.0, 1.8, 1.1), (3, 0.5, 1.0, 1.2, 0.7), (1, 0.5, 9.0, 9.0, 9.0)
+    rows = [(arm, *point) for arm in arms for point in points]
+    return pd.DataFrame(rows, columns=["arm", "seeds", "scale", "sqrt_kl", "reward", "judge"])
 
 
 def policies(*names: str) -> pd.DataFrame:

@@ -290,58 +290,57 @@ def updates(policy):
 
 def test_an_average_is_the_mean_of_the_updates_times_the_scale(world):
     seeds = [updates(policy_study._load("scalar", seed)[0]) for seed in (0, 1)]
-    average = updates(policy_study._load_average("scalar", 1.5)[0])
+    average = updates(policy_study._load_average("scalar", (0, 1), 1.5)[0])
     assert average.keys() == seeds[0].keys()
     for name, update in average.items():
         first, second = (seed[name] for seed in seeds)
         assert (first - second).abs().max() > 0
         expected = 1.5 * (first + second) / 2
         assert (update - expected).abs().max() < 0.01 * expected.abs().max(), name
-    same, _ = policy_study._load_average("scalar", 0.0)
+    same, _ = policy_study._load_average("scalar", (0, 1), 0.0)
     assert all(update.abs().max() == 0 for update in updates(same).values()), "the SFT model"
 
 
-def test_the_scale_is_chosen_on_validation_prompts(world, monkeypatch):
-    run = policy_study.average_stage(
-        "scalar", [h for n, _, h in policy_study._trained() if n == "scalar"]
-    )
-    table = run.metrics()
-    assert table["scale"].tolist() == [*AVERAGE_SCALES]
-    assert run.info["scale"] == table.loc[table["eval_reward"].idxmax(), "scale"]
+def test_averages_and_one_scaled_seed_are_measured(world):
+    runs = {name: world.runs / f"{name}_scalar" for name in ("average", "scaled")}
+    infos = {name: read_json(run / "run.json") for name, run in runs.items()}
+    tables = {name: pd.read_csv(run / "metrics.csv") for name, run in runs.items()}
+    for name, table in tables.items():
+        assert table["scale"].tolist() == [*AVERAGE_SCALES]
+        assert infos[name]["scale"] == table.loc[table["eval_reward"].idxmax(), "scale"]
+    hashes = [shaped_by for name, _, shaped_by in policy_study._trained() if name == "scalar"]
+    assert infos["average"]["config"]["average_of"] == hashes
+    assert infos["scaled"]["config"]["average_of"] == hashes[:1]
+    log = pd.read_csv(world.runs / "align_scalar_s0" / "metrics.csv").iloc[-1]
+    one = tables["scaled"].set_index("scale").loc[1.0]
+    assert one["eval_kl"] == pytest.approx(log["eval_kl"], abs=1e-3), "seed 0 as it is"
     tested = read_json(world.runs / "test_scalar_average" / "run.json")["config"]
-    assert tested["scale"] == run.info["scale"]
-    assert len(tested["trained"]) == 2
-    # The highest reward is beyond the budget, and of two within it the better is not the last.
-    kls, rewards = [1, 2, 3, 4, 2e6], [1.0, 4.0, 3.0, 2.0, 9.0]
-    found = iter(zip(kls, rewards, strict=True))
-    asked = []
+    assert (tested["scale"], tested["trained"]) == (infos["average"]["scale"], hashes)
+
+
+def test_the_scale_is_the_best_within_the_kl_budget_on_validation_prompts(world, monkeypatch):
+    kls, rewards, asked = [1, 2, 3, 4, 2e6], [1.0, 4.0, 3.0, 2.0, 9.0], []
 
     def metrics(policy, tokenizer, prompts, *_):
         asked.append(prompts)
-        kl, reward = next(found)
-        return {"eval_reward": reward, "eval_kl": kl}
-
-    def open_other(profile, name, config):
-        return pipeline.open_stage(profile, f"other_{name}", config)
+        return {"eval_reward": rewards[len(asked) - 1], "eval_kl": kls[len(asked) - 1]}
 
     monkeypatch.setattr(policy_study, "held_out_metrics", metrics)
-    monkeypatch.setattr(policy_study, "open_stage", open_other)
-    other = policy_study.average_stage("scalar", ["other"])
-    assert other.info["scale"] == AVERAGE_SCALES[1]
+    run = policy_study.average_stage("of_two", "scalar", {0: "a", 1: "b"})
+    assert run.info["scale"] == AVERAGE_SCALES[1]
     validation = prepared_data(policy_arms.policy_profile("scalar", 0)).prompts("validation")
     assert asked == [validation] * len(AVERAGE_SCALES)
-    found = iter([(2e6, 1.0)] * len(AVERAGE_SCALES))
-    with pytest.raises(ResultsError, match=r"no average of scalar is within 1000000\.0 nats"):
-        policy_study.average_stage("scalar", ["yet other"])
+    asked.clear()
+    kls[:] = [2e6] * len(AVERAGE_SCALES)
+    with pytest.raises(ResultsError, match=r"of_one: no scale is within 1000000\.0 nats"):
+        policy_study.average_stage("of_one", "scalar", {0: "a"})
 
 
-def test_an_average_needs_all_seeds():
+def test_an_average_needs_all_of_several_seeds(world):
     trained = [("scalar", 0, "a"), ("lazy", 0, "b")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policy_study, "ARMS", SMALL)
-        assert not [*policy_study._complete(trained)]
-        found = [*policy_study._complete([*trained, ("scalar", 1, "c")])]
-    assert found == [("scalar", ["a", "c"])], "and more than one"
+    assert not [*policy_study._complete(trained)]
+    found = [*policy_study._complete([*trained, ("scalar", 1, "c")])]
+    assert found == [("scalar", {0: "a", 1: "c"})]
 
 
 def test_rewards_are_in_units_of_the_sft_model(world):
@@ -408,7 +407,7 @@ def test_publish_and_load(world, capsys):
     assert set(index["policies"]) == {"scalar", "lazy", "beats"}
     names = {path.name for path in (world.root / "results").glob("cpu-*")}
     assert {"cpu-align_scalar_s1", "cpu-test_beats_s0", "cpu-sft_rivals"} <= names
-    assert {"cpu-average_scalar", "cpu-test_scalar_average"} <= names
+    assert {"cpu-average_scalar", "cpu-scaled_scalar", "cpu-test_scalar_average"} <= names
     assert {"cpu-test_sft_pool", "cpu-validation_sft_T0.2", "cpu-scale_judge_mean"} <= names
     assert not [name for name in names if "@" in name]
 
