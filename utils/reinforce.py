@@ -28,8 +28,9 @@ from utils.weights import encode_prompt
 RewardFunction = Callable[[Sequence[Prompt], Rollout], Tensor]  # -> rewards, shape (rows,)
 Evaluate = Callable[[], dict[str, float | None]]
 Monitor = Callable[[dict[str, Any], Sequence[Prompt], Rollout, Tensor], None]
-# The columns of metrics.csv: the glossary without those of a reward model's training.
-EMPTY: dict[str, Any] = dict.fromkeys(n for n in GLOSSARY if n not in ("accuracy", "reward_gap"))
+# The columns of metrics.csv: the glossary without those of a reward model and of an average.
+OTHERS = ("accuracy", "reward_gap", "scale")
+EMPTY: dict[str, Any] = dict.fromkeys(name for name in GLOSSARY if name not in OTHERS)
 
 
 class TrainingStopped(RuntimeError):
