@@ -11,7 +11,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
-from utils import comparison, pipeline, policy_arms, policy_study, published, results
+from utils import comparison, pipeline, policy_arms, policy_stages, policy_study, published, results
 from utils.architecture import transformers_config
 from utils.checkpoints import load_adapter
 from utils.config import ModelConfig, flatten
@@ -64,7 +64,7 @@ class Wordy:
 
 def forget():
     """Do as a new process would."""
-    cached = (policy_study._scorer, policy_study._training_reward, reward_scale, sft_stage)
+    cached = (policy_stages.scorer, policy_stages._training_reward, reward_scale, sft_stage)
     for function in (*cached, prepared_data):
         function.cache_clear()
 
@@ -89,18 +89,19 @@ def world(tmp_path_factory):
         patch.setattr(policy_arms, "PROFILES", {"cpu": profile})
         patch.setattr(policy_arms, "SETTINGS", settings)
         patch.setattr(policy_arms, "TRIALS", {"short": {"reinforce.steps": 1}})
-        for module in (policy_arms, policy_study):
+        for module in (policy_arms, policy_stages, policy_study):
             patch.setattr(module, "ARMS", SMALL)
         patch.setattr(published, "POLICY_ARMS", SMALL)
-        patch.setattr(policy_study, "load_published", lambda name: Wordy(name))
-        patch.setattr(policy_study, "published_sums", lambda names: {n: SUMS[n] for n in names})
+        patch.setattr(policy_stages, "load_published", lambda name: Wordy(name))
+        for module in (policy_stages, policy_study):
+            patch.setattr(module, "published_sums", lambda names: {n: SUMS[n] for n in names})
         patch.setattr(results, "ROOT", root)
         patch.setattr(published, "RESULTS", root / "results")
         patch.setattr(published, "MODELS", models)
         patch.setattr(published, "INDEX", models / "index.json")
         forget()
         for name, seed in (("scalar", 0), ("scalar", 1), ("lazy", 0), ("beats", 0)):
-            policy_study.policy_stage(name, seed)
+            policy_stages.policy_stage(name, seed)
         patch.frames = policy_study.evaluation_stages()
         patch.runs, patch.root = root / "runs" / "cpu", root
         yield patch
@@ -183,7 +184,7 @@ def test_a_run_says_what_it_was_rewarded_by(world):
     config = read_json(world.runs / "align_beats_s0" / "run.json")["config"]
     assert (config["reward"], config["readout"]) == ("ordinal", "beats_sft")
     assert config["models"] == {"ordinal": ["bb"], "judge": ["cc", "dd"]}
-    assert config["rivals"] == policy_study.RIVALS
+    assert config["rivals"] == policy_stages.RIVALS
     plain = read_json(world.runs / "align_scalar_s1" / "run.json")
     assert "rivals" not in plain["config"]
     assert plain["seed"] == 1
@@ -204,20 +205,20 @@ def test_finished_policies_are_reused_until_a_reward_model_changes(world, monkey
     def forbidden(*_):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(policy_study, "align_policy", forbidden)
+    monkeypatch.setattr(policy_stages, "align_policy", forbidden)
     forget()
-    policy_study.policy_stage("scalar", 0)
+    policy_stages.policy_stage("scalar", 0)
     assert "[align_scalar_s0] reuse" in capsys.readouterr().out
     record = world.runs / "align_scalar_s0" / "run.json"
     before = record.read_bytes()
     changed = {**SUMS, "scalar": ["ee"]}
     monkeypatch.setattr(
-        policy_study, "published_sums", lambda names: {n: changed[n] for n in names}
+        policy_stages, "published_sums", lambda names: {n: changed[n] for n in names}
     )
-    assert not [seed for name, seed, _ in policy_study._trained() if name == "scalar"]
+    assert not [seed for name, seed, _ in policy_stages.trained_policies() if name == "scalar"]
     assert record.read_bytes() == before, "asking what is trained sets nothing aside"
     with pytest.raises(AssertionError, match="trained again"):
-        policy_study.policy_stage("scalar", 0)
+        policy_stages.policy_stage("scalar", 0)
     aside = next(world.runs.glob("align_scalar_s0@*"))
     new = world.runs / "align_scalar_s0"
     assert json.loads((new / "run.json").read_text())["config"]["models"]["scalar"] == ["ee"]
@@ -237,7 +238,7 @@ def test_trials_never_touch_the_test_prompts(world, monkeypatch):
 
     original = type(data).prompts
     monkeypatch.setattr(type(data), "prompts", prompts)
-    run = policy_study.trial_stage("short")
+    run = policy_stages.trial_stage("short")
     assert run.directory.name == "trial_short"
     assert run.metrics()["step"].tolist() == [0, 1], "its own number of steps"
     assert set(asked) == {"train", "validation"}
@@ -289,7 +290,7 @@ def updates(policy):
 
 
 def test_an_average_is_the_mean_of_the_updates_times_the_scale(world):
-    seeds = [updates(policy_study._load("scalar", seed)[0]) for seed in (0, 1)]
+    seeds = [updates(policy_stages.load_trained("scalar", seed)[0]) for seed in (0, 1)]
     average = updates(policy_study._load_average("scalar", (0, 1), 1.5)[0])
     assert average.keys() == seeds[0].keys()
     for name, update in average.items():
@@ -308,7 +309,9 @@ def test_averages_and_one_scaled_seed_are_measured(world):
     for name, table in tables.items():
         assert table["scale"].tolist() == [*AVERAGE_SCALES]
         assert infos[name]["scale"] == table.loc[table["eval_reward"].idxmax(), "scale"]
-    hashes = [shaped_by for name, _, shaped_by in policy_study._trained() if name == "scalar"]
+    hashes = [
+        shaped_by for name, _, shaped_by in policy_stages.trained_policies() if name == "scalar"
+    ]
     assert infos["average"]["config"]["average_of"] == hashes
     assert infos["scaled"]["config"]["average_of"] == hashes[:1]
     log = pd.read_csv(world.runs / "align_scalar_s0" / "metrics.csv").iloc[-1]
@@ -356,14 +359,14 @@ def test_units_are_measured_once_and_then_read(world, monkeypatch):
     def measure(*arguments):
         raise AssertionError("measured again: other rounding would be another unit")
 
-    monkeypatch.setattr(policy_study, "reward_scale", measure)
+    monkeypatch.setattr(policy_stages, "reward_scale", measure)
     monkeypatch.setattr(comparison, "reward_scale", measure)
-    scales = {name: policy_study.scale_stage(name) for name in policy_study.REWARDS}
+    scales = {name: policy_stages.scale_stage(name) for name in policy_study.REWARDS}
     used = read_json(world.runs / "test_scalar_s1" / "run.json")["scales"]
     assert {name: list(scale) for name, scale in scales.items()} == used
     policy_study.evaluation_stages()
     beats = read_json(world.runs / "align_beats_s0" / "run.json")
-    own = policy_study.scale_stage("ordinal", "beats_sft")
+    own = policy_stages.scale_stage("ordinal", "beats_sft")
     assert own == (beats["reward_mean"], beats["reward_std"])
     assert own != scales["ordinal"]
 
@@ -381,8 +384,8 @@ def test_finished_evaluations_are_read_and_a_policy_trained_anew_is_evaluated_an
     again = policy_study.evaluation_stages()
     assert all(frame.equals(world.frames[name]) for name, frame in again.items())
     assert "[align_untrained_s0] is not trained yet" in capsys.readouterr().out
-    hashes = [(name, seed, "other") for name, seed, _ in policy_study._trained()]
-    monkeypatch.setattr(policy_study, "_trained", lambda: hashes)
+    hashes = [(name, seed, "other") for name, seed, _ in policy_stages.trained_policies()]
+    monkeypatch.setattr(policy_study, "trained_policies", lambda: hashes)
     with pytest.raises(KeyboardInterrupt):
         policy_study.evaluation_stages()
     assert "[test_scalar_s0] trained: was" in capsys.readouterr().out
@@ -421,7 +424,7 @@ def test_publish_and_load(world, capsys):
     assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert {value.dtype for value in load_file(path).values()} == {torch.bfloat16}
     loaded, _ = published.load_aligned("scalar")
-    tested, _ = policy_study._load("scalar", 0)
+    tested, _ = policy_stages.load_trained("scalar", 0)
     factors = dict(tested.named_parameters())
     assert any(p.abs().max() > 0 for name, p in factors.items() if "lora_B" in name)
     for name, value in loaded.named_parameters():
