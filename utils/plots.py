@@ -1,7 +1,6 @@
 """Figures of the report: each reads a table or a few arrays, and takes a second or two.
 
-A title may state the finding. Figures stay open in pyplot: a notebook shows them at the end of
-the cell that made them, without naming them on its last line.
+A title may state the finding. A notebook shows a figure with `display(save_figure(...))`.
 """
 
 from __future__ import annotations
