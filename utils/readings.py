@@ -118,10 +118,10 @@ def policy_readings(rated: pd.DataFrame, samples: int) -> pd.DataFrame:
         `_low` and `_high` the mean `rating` (1..10); the paired `gain` in it and the `win_rate` (a
         tie is half a win) against SFT, and both with the endings of `RIVALS` against the others;
         `judge_win_rate`, the judge's against SFT for the same answers; `echo_share`, and
-        `good_share`, rated `GOOD` or more; then the mean `length` (tokens), the share `finished`.
+        `echo_gain`, what it is above SFT's; `good_share`, rated `GOOD` or more; then the mean
+        `length` (tokens) and the share `finished`.
     """
-    wide = {name: _wide(rated, name) for name in ("overall", "reward_judge", "echo")}
-    rating, judge = wide["overall"], wide["reward_judge"]
+    rating, judge, echo = (_wide(rated, name) for name in ("overall", "reward_judge", "echo"))
     means = rated.groupby("policy")[["length", "finished"]].mean()
     rows = []
     for policy in SORTS:
@@ -130,7 +130,8 @@ def policy_readings(rated: pd.DataFrame, samples: int) -> pd.DataFrame:
             gap = rating[policy] - rating[rival]
             values |= {f"gain{ending}": gap, f"win_rate{ending}": _wins(gap)}
         values["judge_win_rate"] = _wins(judge[policy] - judge[BASE])
-        values |= {"echo_share": wide["echo"][policy], "good_share": rating[policy] >= GOOD}
+        values |= {"echo_share": echo[policy], "echo_gain": echo[policy] - echo[BASE]}
+        values["good_share"] = rating[policy] >= GOOD
         row: dict[str, Any] = {"policy": policy, "n": len(rating)}
         row["tied"] = (values["gain"] == 0).mean()
         for name, value in values.items():

@@ -193,7 +193,7 @@ def test_policies_as_the_reader_sees_them(rated):
     assert row["win_rate_best"] == (1 + 3 / 2) / 4
     assert row["win_rate_best_of_16"] == (3 / 2 + 0) / 4
     assert row["judge_win_rate"] == 1
-    assert (row["echo_share"], row["good_share"]) == (1 / 4, 1 / 4)
+    assert (row["echo_share"], row["echo_gain"], row["good_share"]) == (1 / 4, 1 / 4, 1 / 4)
     assert (row["length"], row["finished"]) == (10, 1), "of the rated samples alone"
     assert table.loc["ordinal_s0", "judge_win_rate"] == (1 + 1 / 2 + 1 + 1) / 4
 
