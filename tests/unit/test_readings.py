@@ -6,11 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
@@ -261,7 +256,6 @@ def test_the_figure_puts_the_reader_beside_the_judge(rated):
         drawn = [line for line in right.lines if line.get_marker() == marker]
         values = [line.get_xdata()[0] for line in drawn if len(line.get_xdata())]
         assert values == (table[name] * 100).tolist()[1:], "SFT is not held against itself"
-    plt.close(figure)
 
 
 def test_intervals_stand_beside_their_value():
