@@ -23,6 +23,7 @@ ORANGE, GREEN, PURPLE = "#e08214", "#009e73", "#cc79a7"
 COLORS = {
     "sft": GREY,
     "sft_best": DARK,
+    "sft_best_of_16": "#7570b3",
     "sft_greedy": PURPLE,
     "sft_16bit": GREEN,
     "align_scalar": BLUE,
@@ -31,6 +32,7 @@ COLORS = {
 NAMES = {
     "sft": "SFT",
     "sft_best": "SFT, best temperature",
+    "sft_best_of_16": "SFT, best of 16 by scalar reward",
     "sft_greedy": "SFT, greedy",
     "sft_16bit": "SFT, 16 bits",
     "align_scalar": "aligned, scalar reward",
