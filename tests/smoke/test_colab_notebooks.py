@@ -113,9 +113,7 @@ def kernel_of(python: Path) -> type[OwnKernel]:
         @property
         def kernel_spec(self) -> KernelSpec:
             command = ["-m", "ipykernel_launcher", "-f", "{connection_file}"]
-            return KernelSpec(
-                argv=[str(python), *command], metadata={"supported_encryption": ["curve"]}
-            )
+            return KernelSpec(argv=[str(python), *command])
 
     return Kernel
 
