@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from utils.config import Profile
+from utils.intervals import side
 from utils.results import atomic_write, runs_dir
 
 # After Okabe and Ito: told apart by colour-blind readers.
@@ -142,7 +143,7 @@ def intervals(
     width = size / 3.5
     for place, (value, low, high) in zip(y, table, strict=True):
         ax.plot([low, high], [place, place], color=color, lw=width, solid_capstyle="butt")
-        face = "white" if low <= 0 <= high else color
+        face = color if side(low, high) else "white"
         ax.plot([value], [place], marker, ms=size, color=color, markerfacecolor=face, zorder=3)
     if label:
         ax.plot([], [], f"{marker}-", color=color, ms=size, lw=width, label=label)

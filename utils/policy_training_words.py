@@ -6,7 +6,6 @@ Every function returns Markdown, and says so where nothing is published to make 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import pandas as pd
 
@@ -27,25 +26,6 @@ READOUT_TERMS = {
     "eval_kl": "KL",
     "eval_mean_length": "length",
 }
-
-
-def held_out_words(logs: Mapping[int, pd.DataFrame]) -> str:
-    """Say of each seed what the held-out reward did, and what came with it."""
-    lines = []
-    for seed, log in logs.items():
-        held_out = held_out_rows(log)
-        first, last = held_out.iloc[0], held_out.iloc[-1]
-        rose = last["eval_reward_low"] > first["eval_reward_high"]
-        fell = last["eval_reward_high"] < first["eval_reward_low"]
-        side = f"are apart, {'above' if rose else 'below'} the start" if rose or fell else "overlap"
-        lines.append(
-            f"Seed {seed}: held-out reward {first['eval_reward']:+.2f} at step 0, "
-            f"**{last['eval_reward']:+.2f}** [{last['eval_reward_low']:+.2f}, "
-            f"{last['eval_reward_high']:+.2f}] at step {last['step']:.0f}: the intervals {side}. "
-            f"{_judged(held_out)}KL {last['eval_kl']:.1f} nats, length "
-            f"{first['eval_mean_length']:.0f} to {last['eval_mean_length']:.0f} tokens."
-        )
-    return listed(lines, "No run is published yet.")
 
 
 def scaling_words(averages: pd.DataFrame) -> str:
@@ -111,17 +91,6 @@ def peak_words(peaks: pd.DataFrame) -> str:
             f"from its highest point to the end the judge loses {lost}."
         )
     return listed(lines, "No run is published yet.")
-
-
-def _judged(held_out: pd.DataFrame) -> str:
-    judge = held_out["eval_judge"]
-    if judge.isna().all():  # a run without a judge
-        return ""
-    top = held_out.loc[judge.idxmax()]
-    return (
-        f"Judge {judge.iloc[0]:+.2f} to {judge.iloc[-1]:+.2f}, highest ({judge.max():+.2f}) at "
-        f"step {top['step']:.0f}. "
-    )
 
 
 def _place(value: float, seeds: pd.Series, words: tuple[str, str, str]) -> tuple[str, str]:

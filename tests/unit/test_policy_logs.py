@@ -21,7 +21,6 @@ from utils.policy_logs import (
 from utils.policy_training_words import (
     baseline_words,
     curve_words,
-    held_out_words,
     peak_words,
     readout_words,
     scaling_words,
@@ -154,7 +153,7 @@ def test_baselines():
     rows = baseline_table(baselines())
     assert rows["gain"].tolist() == [2, 4, 1.5, 1]
     assert rows["half_step"].tolist() == [4, 2, 4, 2], "2 less 1 is not yet 1.5"
-    assert rows["baseline"].tolist() == ["running mean"] * 2 + ["EMA", "no baseline"]
+    assert rows["baseline"].tolist() == ["running mean"] * 2 + ["EMA", "constant (SFT mean)"]
     assert rows["advantage_rms"].tolist() == pytest.approx([5, 5, 3, 5]), "3 and the mean 4 or 0"
     assert rows["advantage_std"].tolist() == [3] * 4
     never = baselines() | {"scalar_ema": {0: curve([0.0, 1], [0, 0])}}
@@ -212,20 +211,6 @@ def test_readouts():
 
 
 # Curves
-
-
-def test_held_out_rewards_in_words():
-    logs = {3: curve([0.0, 2, 1.5], [0.5, 1.25, 1]), 4: curve([0.0, 9, -2], [0, -1, -2])}
-    rose, fell = held_out_words(logs).split("\n")
-    assert rose == (
-        "- Seed 3: held-out reward +0.00 at step 0, **+1.50** [+1.00, +2.00] at step 4: the "
-        "intervals are apart, above the start. Judge +0.50 to +1.00, highest (+1.25) at step 2. "
-        "KL 4.0 nats, length 50 to 48 tokens."
-    )
-    assert "are apart, below the start. Judge +0.00 to -2.00, highest (+0.00) at step 0" in fell
-    judged = curve([0.0, 1], [math.nan, math.nan])  # the intervals touch
-    assert "the intervals overlap. KL 1.0 nats" in held_out_words({0: judged})
-    assert held_out_words({}) == "No run is published yet."
 
 
 def test_gains_of_the_curves_in_words():
