@@ -20,12 +20,6 @@ BASELINE_TERMS = {
     "advantage_rms": ("has smaller advantages", "has larger advantages", "has advantages alike"),
     "grad_norm": ("a smaller gradient norm", "a larger gradient norm", "a like gradient norm"),
 }
-READOUT_TERMS = {
-    "eval_reward": "mean rating",
-    "eval_judge": "judge",
-    "eval_kl": "KL",
-    "eval_mean_length": "length",
-}
 
 
 def scaling_words(averages: pd.DataFrame) -> str:
@@ -55,18 +49,6 @@ def baseline_words(table: pd.DataFrame) -> str:
         lines.append(f"**{row['baseline']}** {', '.join(said[:-1])}, and {said[-1]}.")
     none = "There is nothing to compare: runs are missing, or the running mean gained nothing."
     return listed(lines, none)
-
-
-def readout_words(table: pd.DataFrame) -> str:
-    """Hold the other rows of `readout_table` against the range of the seeds of the mean."""
-    lines, reference = [], table[table["arm"] == "ordinal"]
-    for row in table[table["arm"] != "ordinal"].to_dict("records") if len(reference) else []:
-        said = []
-        for column, name in READOUT_TERMS.items():
-            side, span = _place(row[column], reference[column], ("below", "above", "within"))
-            said.append(f"{name} {row[column]:.2f}, {side} {span}")
-        lines.append(f"**{row['label']}**, against the seeds of the mean: {'; '.join(said)}.")
-    return listed(lines, "There is nothing to compare yet: runs are missing.")
 
 
 def curve_words(logs: Logs) -> str:
