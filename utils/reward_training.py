@@ -66,7 +66,7 @@ def train_reward_model(
     """Train a reward model and save it in the run's folder; goes on from a checkpoint if any.
 
     When memory runs out, training goes on from the last checkpoint with half the groups in a pass
-    and twice the passes in a step: the steps stay the same.
+    and twice the passes in a step: up to rounding, the steps stay the same.
 
     Args:
         kind: "scalar" or "ordinal"; the profile names the loss of each.
