@@ -197,7 +197,7 @@ def prepare(directory: Path, config: Mapping[str, Any]) -> str:
     except ResultsError as error:
         if (directory / "run.json").exists():
             print(f"{label} {error}; set aside, starting anew")
-            _set_aside(directory, "damaged")
+            set_aside(directory, f"{directory.name}@damaged")
         return "new"
     if info["config_hash"] != config_hash(config):
         old = info["config"]
@@ -205,7 +205,7 @@ def prepare(directory: Path, config: Mapping[str, Any]) -> str:
             if old.get(name) != config.get(name):
                 print(f"{label} {name}: was {old.get(name)!r}, now {config.get(name)!r}")
         print(f"{label} the configuration differs: kept aside, starting anew")
-        _set_aside(directory, info["config_hash"])
+        set_aside(directory, f"{directory.name}@{info['config_hash']}")
         return "new"
     if info["status"] == "finished":
         print(f"{label} reuse: finished {info['started']}, config {info['config_hash']}")
@@ -214,9 +214,11 @@ def prepare(directory: Path, config: Mapping[str, Any]) -> str:
     return "resume"
 
 
-def _set_aside(directory: Path, tag: str) -> None:
-    names = (f"{directory.name}@{tag}" + (f"-{n}" if n > 1 else "") for n in count(1))
-    os.replace(directory, next(p for p in map(directory.with_name, names) if not p.exists()))
+def set_aside(path: Path, name: str) -> Path:
+    """Rename a file or folder to `name`, or `name`-2 and so on if it is taken; return the path."""
+    names = (name + (f"-{n}" if n > 1 else "") for n in count(1))
+    free = next(p for p in map(path.with_name, names) if not p.exists())
+    return path.replace(free)
 
 
 def _remove(path: Path) -> None:
