@@ -22,6 +22,7 @@ from utils.config import ConfigError
 from utils.distributed import processes
 from utils.environment import quiet
 from utils.hub import HubError
+from utils.locks import FolderInUse
 from utils.memory import MemoryTooSmall
 from utils.pipeline import align_stage, reward_stage
 from utils.profiles import load_profile
@@ -32,8 +33,8 @@ from utils.sources import DataError
 from utils.weights import ModelError
 
 # Errors that speak to the user: a message is enough.
-EXPECTED = (ConfigError, DataError, HubError, MemoryTooSmall, ModelError, ResultsError)
-EXPECTED += (TrainingStopped,)
+EXPECTED = (ConfigError, DataError, FolderInUse, HubError, MemoryTooSmall, ModelError)
+EXPECTED += (ResultsError, TrainingStopped)
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

@@ -84,7 +84,7 @@ def forbid(monkeypatch, *names):
 def test_the_last_stage_makes_those_before_it(built):
     folder = built / "runs" / "smoke"
     stages = {"reward_scalar", "sft_training_prompts", "align_scalar"}
-    assert {path.name for path in folder.iterdir()} == stages
+    assert {path.name for path in folder.glob("[!.]*")} == stages
     infos = {name: read_json(folder / name / "run.json") for name in stages}
     assert {info["status"] for info in infos.values()} == {"finished"}
     assert {"accuracy", "nll"} <= set(infos["reward_scalar"]["metrics"])
