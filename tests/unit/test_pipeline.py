@@ -89,6 +89,7 @@ def test_the_last_stage_makes_those_before_it(built):
     assert {info["status"] for info in infos.values()} == {"finished"}
     assert {"accuracy", "nll"} <= set(infos["reward_scalar"]["metrics"])
     assert infos["align_scalar"]["reward_std"] > 0
+    assert 0 <= infos["align_scalar"]["clipped_steps"] <= 1
     assert len(pd.read_csv(folder / "align_scalar" / "metrics.csv")) == 4
 
 
