@@ -305,6 +305,13 @@ def stop_at(step):
     return monitor
 
 
+@pytest.mark.parametrize(("warmup", "rates"), [(0, [1, 1, 1]), (2, [0.5, 1, 1])])
+def test_warm_up(tmp_path, warmup, rates):
+    _, run = train(tmp_path / "align", steps=3, warmup_steps=warmup)
+    found = run.metrics()["learning_rate"].iloc[1:] / CONFIG.learning_rate
+    assert found.tolist() == pytest.approx(rates)
+
+
 def test_the_seed_decides_the_run(tmp_path, unbroken):
     assert_same_rows(train(tmp_path / "same")[1], unbroken[1])
     _, other = train(tmp_path / "other", seed=1)
