@@ -107,9 +107,8 @@ def _train(
     # The trainer has wrapped the model in autocast; a reward must not depend on whether the model
     # that gives it was trained or loaded by this process.
     trainer.accelerator.unwrap_model(reward_model.model, keep_fp32_wrapper=False)
-    if not reward.lora_r:  # trained in fp32, kept in the dtype in which it will be read
-        reward_model.model.to(compute_dtype(device()))
-        reward_model.model.score.float()
+    if not reward.lora_r:
+        reward_model.round()
     reward_model.model.eval()
     reward_model.save(run.directory)
     return reward_model

@@ -399,6 +399,29 @@ def test_training_moves_adapters_and_head_alone(run, kind, capsys):
     assert not torch.allclose(fresh.logits(*rows()), trained.logits(*rows()))
 
 
+@pytest.mark.parametrize("kind", ["scalar", "ordinal"])
+def test_weights_trained_in_full_are_saved_and_loaded(kind, run):
+    """In bf16, as they are read: what was trained in fp32 is rounded once, not at each load."""
+    profile = dataclasses.replace(
+        PROFILE,
+        model=dataclasses.replace(PROFILE.model, quantization="none"),
+        reward=dataclasses.replace(REWARD, lora_r=0),
+    )
+    trained = train_reward_model(kind, profile, GROUPS, run)
+    loaded = RewardModel.load(kind, profile, run.directory)
+    assert torch.equal(loaded.logits(*rows()), trained.logits(*rows()))
+    dtypes = [{n: p.dtype for n, p in m.model.named_parameters()} for m in (loaded, trained)]
+    assert dtypes[0] == dtypes[1]
+    assert dtypes[0]["score.weight"] == torch.float32
+    fresh = RewardModel.fresh(kind, profile)
+    assert not torch.allclose(fresh.logits(*rows()), trained.logits(*rows()))
+    last = reward_training._last_good_checkpoint(run.directory / "checkpoints")
+    assert last.endswith(f"-{STEPS}"), "a killed run would not go on"
+    (run.directory / "adapter" / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"^rm: the saved adapter cannot be read"):
+        RewardModel.load(kind, profile, run.directory)
+
+
 def test_training_learns(pinned, run):
     profile = dataclasses.replace(PROFILE, reward=dataclasses.replace(REWARD, epochs=2.0))
     train_reward_model("ordinal", profile, GROUPS, run)
