@@ -6,10 +6,8 @@ come before the first training: what does not suit the policy must not show afte
 
 from __future__ import annotations
 
-import inspect
 import re
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -27,7 +25,6 @@ from utils.config import ModelConfig, Profile
 from utils.weights import ModelError, transformers_config
 
 INSIDE = re.compile(r"\.(\d+)\.")  # the layer's number in a module name; a head has none
-DECODING = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"}
 
 
 def check_model(profile: Profile) -> None:
@@ -150,24 +147,42 @@ def _check_layers(policy: PreTrainedModel) -> None:
 
 
 def _check_policy(policy: PreTrainedModel) -> None:
-    """The logits must be the output layer applied to what the body returns, and nothing else."""
+    """The body must decode as `rollout` asks it to, and the logits be the output layer's alone."""
     body, head = getattr(policy, policy.base_model_prefix, None), policy.get_output_embeddings()
     if body is None or not isinstance(head, nn.Linear):
         raise ModelError(f"it has no body {policy.base_model_prefix!r} with a linear output layer")
-    missing = DECODING - set(inspect.signature(body.forward).parameters)
-    if missing:
-        raise ModelError(f"its body takes no {', '.join(sorted(missing))}")
+    try:
+        cached = _decode_three(body)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"its body does not decode with a cache ({reason})") from error
+    if cached != 3:
+        raise ModelError(f"its body kept {cached} of 3 decoded tokens in the cache")
     few = 8  # outputs of a small identity in the place of the output layer
     head.weight, head.bias = nn.Parameter(torch.eye(few, head.in_features)), None
     hidden = torch.linspace(1, 100, 2 * head.in_features).reshape(1, 2, -1)
     answer = BaseModelOutputWithPast(last_hidden_state=hidden)
+    hook = body.register_forward_hook(lambda *_: answer)
     try:
-        with patch.object(body, "forward", lambda *_, **__: answer), torch.no_grad():
-            logits = policy(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits
+        with torch.no_grad():
+            logits = policy(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta")).logits
     except Exception as error:
         raise ModelError("its logits do not come from its body and output layer alone") from error
+    finally:
+        hook.remove()
     if not torch.allclose(logits.float(), hidden[..., :few]):
         raise ModelError("it scales or caps the logits after its output layer")
+
+
+@torch.no_grad()
+def _decode_three(body: nn.Module) -> int:
+    """Read two tokens, then one more, as sampling does; return how many the cache holds."""
+    cache = DynamicCache(config=body.config)
+    for new, seen in ((2, 2), (1, 3)):
+        ids = torch.zeros(1, new, dtype=torch.long, device="meta")
+        bias = torch.zeros(1, 1, new, seen, dtype=body.dtype, device="meta")
+        body(ids, bias, ids, cache, use_cache=True)
+    return cache.get_seq_length()
 
 
 def _check_head(reward: PreTrainedModel) -> None:

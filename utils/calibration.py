@@ -1,7 +1,7 @@
 """Whether a reward model's own probabilities are right: those of pairs, and those of ratings.
 
 All intervals are a bootstrap over prompts. A resample of prompts is kept as a weight for each row,
-how often it was drawn, so that what is made anew in each resample (bins, ranks) costs no sorting.
+how often it was drawn, so that the ranks that are made anew in each resample cost no sorting.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def reliability(
     """
     confidence, right = _bets(p)
     frame = pd.DataFrame({"confidence": confidence, "right": right, "cluster": list(clusters)})
-    place = _bins(_mid_ranks(confidence, np.ones((1, len(frame)))), len(frame), bins)[0]
+    place = _bins(confidence, bins)
     rows = []
     for _, part in frame.groupby(place):
         found = clustered_interval(part["right"], part["cluster"], samples)
@@ -53,37 +53,22 @@ def reliability(
     return pd.DataFrame(rows).rename(columns={"value": "accuracy"})
 
 
-def expected_calibration_error(
-    p: Sequence[float], clusters: Sequence[str], bins: int = 10, samples: int = 2000
-) -> dict[str, float]:
+def expected_calibration_error(p: Sequence[float], bins: int = 10) -> float:
     """Mean |accuracy - confidence| over the bins of `reliability`, weighted by their pairs.
 
     Naeini et al. 2015; Guo et al. 2017 (arXiv 1706.04599). It is biased upwards: chance alone moves
     the accuracy of a bin of m pairs by about 0.8 sqrt(c (1 - c) / m) from its confidence c, and
     the distance counts whatever its sign. A perfectly calibrated model shows 0.03 with 1,450 pairs
-    in ten bins, more where pairs of a prompt err together. A resample adds that bias once more, so
-    the interval lies high and may even leave out the value, which is that of the full sample.
+    in ten bins, more where pairs of a prompt err together. There is no interval: a resample adds
+    that bias once more, so a bootstrap's lies too high and may leave out the value.
 
     Args:
         p: P(chosen beats rejected) of each pair.
-        clusters: the prompt of each pair.
-        bins: of about equal count, made anew in each resample.
-        samples: bootstrap resamples.
-
-    Returns:
-        `value`, `low`, `high` and `n`, the number of pairs.
+        bins: of about equal count.
     """
     confidence, right = _bets(p)
-
-    def error(weights: np.ndarray) -> np.ndarray:
-        total = weights.sum(axis=1, keepdims=True)
-        place = _bins(_mid_ranks(confidence, weights), total, bins)
-        place += bins * np.arange(len(weights))[:, None]
-        gaps = weights * (right - confidence)
-        by_bin = np.bincount(place.ravel(), gaps.ravel(), minlength=bins * len(weights))
-        return np.abs(by_bin).reshape(-1, bins).sum(axis=1) / total[:, 0]
-
-    return _bootstrap(error, clusters, samples)
+    place = _bins(confidence, bins)
+    return float(np.abs(np.bincount(place, right - confidence)).sum() / len(right))
 
 
 def rating_calibration(rows: Sequence[Mapping[str, Any]], samples: int) -> pd.DataFrame:
@@ -157,7 +142,7 @@ def entropy_against_error(
     logits = torch.tensor(frame["logits"].tolist(), dtype=torch.float64)
     spread = rating_entropy(logits).numpy().round(12)
     error = (frame["reward"] - frame["rating"]).abs().to_numpy(float)
-    place = _bins(_mid_ranks(spread, np.ones((1, len(frame)))), len(frame), 4)[0]
+    place = _bins(spread, 4)
     table = []
     for quarter, part in frame.groupby(place):
         found = clustered_interval(error[part.index], part["prompt_id"], samples)
@@ -205,9 +190,10 @@ def _mid_ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return (counts.cumsum(axis=1) - counts / 2)[:, group]
 
 
-def _bins(ranks: np.ndarray, total: np.ndarray | int, bins: int) -> np.ndarray:
-    # A row that was not drawn may rank past the last bin; it weighs nothing there.
-    return np.minimum(bins * ranks // total, bins - 1).astype(int)
+def _bins(values: np.ndarray, bins: int) -> np.ndarray:
+    """Return the bin, 0.., of each row; bins hold about as many each, equal values share one."""
+    ranks = _mid_ranks(values, np.ones((1, len(values))))[0]
+    return (bins * ranks // len(values)).astype(int)
 
 
 def _bootstrap(

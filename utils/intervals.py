@@ -12,6 +12,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+TINY = 1e-9  # an end of an interval as close to zero as this is zero but for rounding
+
+
+def side(low: float, high: float) -> int:
+    """Return 1 for an interval above zero, -1 for one below it, and 0 for one that holds it."""
+    return int(low > TINY) - int(high < -TINY)
+
 
 def clustered_interval(
     values: Sequence[float], clusters: Sequence[str], samples: int, seed: int = 0
@@ -133,5 +140,7 @@ def named(name: str, found: Mapping[str, float]) -> dict[str, float]:
 
 
 def named_interval(row: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return these columns of a row as `value`, `low` and `high`."""
-    return dict(zip(("value", "low", "high"), (row[end] for end in ends(name)), strict=True))
+    """Return these columns of a row as `value`, `low` and `high`, a number alone as `value`."""
+    columns = dict(zip(("value", "low", "high"), ends(name), strict=True))
+    found = {end: row[column] for end, column in columns.items() if column in row}
+    return {"value": row[name]} | found

@@ -114,6 +114,9 @@ class MergedLoraLinear(PeftLoraLinear):
 
 
 def merged_lora(config: LoraConfig) -> LoraConfig:
-    """Make peft build `MergedLoraLinear` for every plain linear layer (peft's own hook)."""
+    """Make peft build `MergedLoraLinear` for every plain linear layer.
+
+    The hook is the one that peft documents for custom modules; it has no public name.
+    """
     config._register_custom_module({nn.Linear: MergedLoraLinear})
     return config

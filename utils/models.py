@@ -41,6 +41,7 @@ def compute_dtype(where: torch.device) -> torch.dtype:
     if where.type == "cuda":
         capability = torch.cuda.get_device_capability(where)
         return torch.bfloat16 if capability >= (8, 0) else torch.float16
+    # Public only since torch.cpu.get_capabilities, which Colab's torch may not have yet.
     real = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if real else torch.float32
 
@@ -186,14 +187,18 @@ def _load(
 
 def _check_kernels(where: torch.device) -> None:
     """Refuse a bitsandbytes that would fail at its first use, after all weights are loaded."""
-    from bitsandbytes.cextension import lib
+    import bitsandbytes as bnb
 
-    if where.type == "cuda" and not lib.compiled_with_cuda:
+    if where.type != "cuda":
+        return
+    try:
+        bnb.functional.quantize_4bit(torch.zeros(64, device=where), quant_type="nf4")
+    except Exception as error:
         raise ModelError(
-            f"bitsandbytes has no library for CUDA {torch.version.cuda}, the one of torch: "
+            f"bitsandbytes cannot quantise on CUDA {torch.version.cuda} ({error}): "
             "`pip install --upgrade --force-reinstall --no-deps bitsandbytes` and restart, or set "
             'model.quantization = "none" to train in 16 bits'
-        )
+        ) from error
 
 
 def _adapt(

@@ -196,6 +196,13 @@ def align_stage(
     return policy, tokenizer, run
 
 
+def align_run(kind: str, profile: Profile) -> Run:
+    """Return the run of `align_stage`; if it is finished, no model is loaded."""
+    config = stage_config(profile, ALIGN_FIELDS, kind=kind)
+    run, finished = open_stage(profile, f"align_{kind}", config)
+    return run if finished else align_stage(kind, profile)[2]
+
+
 def print_plan(profile: Profile) -> None:
     """Print what the profile's stages will need in memory, with the batches they will use."""
     batches = policy_micro_batch(profile), reward_micro_groups(profile)

@@ -9,12 +9,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import pandas as pd
+from IPython.display import Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from utils.config import Profile
+from utils.intervals import side
 from utils.results import atomic_write, runs_dir
 
 # After Okabe and Ito: told apart by colour-blind readers.
@@ -23,6 +24,7 @@ ORANGE, GREEN, PURPLE = "#e08214", "#009e73", "#cc79a7"
 COLORS = {
     "sft": GREY,
     "sft_best": DARK,
+    "sft_best_of_16": "#7570b3",
     "sft_greedy": PURPLE,
     "sft_16bit": GREEN,
     "align_scalar": BLUE,
@@ -31,6 +33,7 @@ COLORS = {
 NAMES = {
     "sft": "SFT",
     "sft_best": "SFT, best temperature",
+    "sft_best_of_16": "SFT, best of 16 by scalar reward",
     "sft_greedy": "SFT, greedy",
     "sft_16bit": "SFT, 16 bits",
     "align_scalar": "aligned, scalar reward",
@@ -56,7 +59,6 @@ def style() -> AbstractContextManager[None]:
         "grid.color": "#e6e6e6",
         "legend.frameon": False,
         "legend.fontsize": 9,
-        "svg.hashsalt": "report",
     }
     return mpl.rc_context(settings)
 
@@ -67,12 +69,12 @@ def policy_color(name: str, place: int = 0) -> str:
     return COLORS[max(known, key=len)] if known else (BLUE, ORANGE, GREEN, PURPLE, DARK)[place % 5]
 
 
-def save_figure(fig: Figure, profile: Profile, name: str) -> None:
-    """Write `figures/<name>.png` and `.svg` into the profile's runs; the figure stays open."""
-    for kind, metadata in {"png": {"Software": None}, "svg": {"Date": None}}.items():
-        path = runs_dir(profile) / "figures" / f"{name}.{kind}"
-        with style():
-            atomic_write(path, lambda p, k=kind, m=metadata: fig.savefig(p, format=k, metadata=m))
+def save_figure(fig: Figure, profile: Profile, name: str) -> Image:
+    """Write `figures/<name>.png` into the profile's runs and return it, for `display`."""
+    path = runs_dir(profile) / "figures" / f"{name}.png"
+    with style():
+        atomic_write(path, lambda p: fig.savefig(p, format="png", metadata={"Software": None}))
+    return Image(data=path.read_bytes())
 
 
 def save_table(frame: pd.DataFrame, profile: Profile, name: str) -> None:
@@ -84,7 +86,8 @@ def save_table(frame: pd.DataFrame, profile: Profile, name: str) -> None:
 
 def panels(rows: int, columns: int, height: float, title: str, **options: Any) -> list[Any]:
     """Open a figure; return it and then its axes, row by row."""
-    fig, axes = plt.subplots(rows, columns, figsize=(WIDTH, height), squeeze=False, **options)
+    fig = Figure(figsize=(WIDTH, height))  # not pyplot's, which would show some and keep all
+    axes = fig.subplots(rows, columns, squeeze=False, **options)
     fig.suptitle(textwrap.fill(title, 78), x=0.01, ha="left", fontsize=11.5, weight="bold")
     for ax in axes.flat:
         ax.tick_params(labelsize=9, color=GREY)
@@ -140,7 +143,7 @@ def intervals(
     width = size / 3.5
     for place, (value, low, high) in zip(y, table, strict=True):
         ax.plot([low, high], [place, place], color=color, lw=width, solid_capstyle="butt")
-        face = "white" if low <= 0 <= high else color
+        face = color if side(low, high) else "white"
         ax.plot([value], [place], marker, ms=size, color=color, markerfacecolor=face, zorder=3)
     if label:
         ax.plot([], [], f"{marker}-", color=color, ms=size, lw=width, label=label)

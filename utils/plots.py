@@ -1,7 +1,6 @@
 """Figures of the report: each reads a table or a few arrays, and takes a second or two.
 
-A title may state the finding. Figures stay open in pyplot: a notebook shows them at the end of
-the cell that made them, without naming them on its last line.
+A title may state the finding. A notebook shows a figure with `display(save_figure(...))`.
 """
 
 from __future__ import annotations
@@ -161,7 +160,8 @@ def bandit_curves(curves: Mapping[str, Sequence[float]], optimum: float, title: 
     fig, ax = look.panels(1, 1, 3.4, title)
     ax.axhline(optimum, color=look.DARK, ls="--", label=f"optimum, {optimum:.3g}")
     for place, (name, values) in enumerate(curves.items()):
-        ax.plot(range(len(values)), values, color=look.policy_color(name, place), lw=2, label=name)
+        color, lw = look.policy_color(name, place), 3.6 - place  # curves may lie on each other
+        ax.plot(range(len(values)), values, color=color, lw=lw, label=look.plain(name))
     ax.set(xlabel="step", ylabel="expected reward")
     ax.legend()
     return fig

@@ -54,12 +54,13 @@ ARMS: dict[str, PolicyArm] = {
         "scalar", "scalar, exponential baseline", changes={"reinforce.baseline": "ema"}
     ),
     "scalar_none": PolicyArm(
-        "scalar", "scalar, no baseline", changes={"reinforce.baseline": "none"}
+        "scalar", "scalar, constant baseline (SFT mean)", changes={"reinforce.baseline": "none"}
     ),
 }
 # Arms to compare: those the report is about, the baselines by their names, the readouts.
 HEADLINE = ("scalar", "ordinal")
-BASELINES = {"scalar": "running mean", "scalar_ema": "EMA", "scalar_none": "no baseline"}
+# Standardised rewards have the SFT model's mean subtracted, so "none" has that as its baseline.
+BASELINES = {"scalar": "running mean", "scalar_ema": "EMA", "scalar_none": "constant (SFT mean)"}
 READOUTS = ("ordinal", "ordinal_cautious", "ordinal_beats_sft")
 # The seeds of an arm in one policy, see `utils.averaging`; the ending of its name, and the scales
 # that are tried on validation prompts.

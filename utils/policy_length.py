@@ -36,13 +36,14 @@ def length_table(frames: Frames, samples: int) -> pd.DataFrame:
     """Ask how much of each policy's gain over SFT is left at equal length.
 
     Returns:
-        A row per policy, `reward` ("judge", "own") and `method`: "raw", the paired gain; "length"
-        and "length and finish", against the nearest of `POOL` (`matched_gains` says what that
-        assumes); "regression", the gain at unchanged length and finish (`length_regression`). With
-        value, low and high; `matched`, the share of completions that count; `raw_there`, the raw
-        gain of these, so that fewer completions are not taken for an equal length;
-        `length_change`, by how many tokens these are still longer than what they are compared with;
-        seeds; and n (prompts).
+        A row per policy, `reward` ("judge", "own": see `rewards_of`) and `method`: "raw", the
+        paired gain; "length" and "length and finish", against the nearest of `POOL`
+        (`matched_gains` says what that assumes); "regression", the gain at unchanged length and
+        finish (`length_regression`). With value, low and high; `matched`, the share of completions
+        that count; `raw_there`, the raw gain of these, so that fewer completions are not taken for
+        an equal length; `length_change`, by how many tokens these are still longer than what they
+        are compared with; seeds; and n (prompts). Prompts weigh alike, however many of their
+        completions count; but for `matched`, those without any are left out.
     """
     return pd.DataFrame(
         {"policy": policy, "reward": reward, **row}
@@ -195,16 +196,15 @@ def _length_rows(
     yield {"method": "raw", **_interval(raw), **everyone, "length_change": change, **kept}
     for method, same in MATCHES.items():
         found = crossed_interval(_matched(own, pool, column, same), samples)
-        left = pd.concat(
-            pd.DataFrame(
-                {
-                    "raw_there": frame[column] - base[column],
-                    "length_change": matched_gains(frame, pool, "length", same),
-                }
-            )
-            for frame in own
-        )
-        facts = {"matched": left["length_change"].notna().mean(), **left.dropna().mean()}
+        change = [matched_gains(frame, pool, "length", same) for frame in own]
+        matched = [~np.isnan(values) for values in change]
+        there = [
+            np.where(near, frame[column] - base[column], np.nan)
+            for near, frame in zip(matched, own, strict=True)
+        ]
+        facts = {"matched": np.mean(matched)}
+        for name, values in (("raw_there", there), ("length_change", change)):
+            facts[name] = pd.Series(prompt_means(own, values).ravel()).mean()  # of known ones
         yield {"method": method, **_interval(found), **facts, **kept, "n": found["n"]}
     fitted = _at_equal_length(own, bases, column, samples)
     yield {"method": "regression", **fitted, **everyone, "length_change": 0.0, **kept}

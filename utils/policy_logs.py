@@ -154,9 +154,10 @@ def frontier_table(logs: Logs) -> pd.DataFrame:
     """Return the held-out reward of each run against its KL.
 
     Returns:
-        A row per run and evaluation: arm, seed, step, `kl` (nats), `sqrt_kl`, `reward` (that it was
-        trained on) with `reward_low` and `reward_high`, `judge`, both in SFT standard deviations,
-        and `length`, tokens.
+        A row per run and evaluation: arm, seed, step, `kl` (nats), `sqrt_kl`, `reward` (of the
+        model that it was trained with; of ten classes the mean rating, whatever the readout) with
+        `reward_low` and `reward_high`, `judge`, both in SFT standard deviations, and `length`,
+        tokens.
 
     Raises:
         ResultsError: naming a run that was not evaluated by the judge.
@@ -200,7 +201,7 @@ def average_table(results: Path) -> pd.DataFrame:
 
 
 def peak_table(frontier: pd.DataFrame) -> pd.DataFrame:
-    """Say where in training the judge peaks, and where the reward that is trained on does.
+    """Say where in training the judge peaks, and where `reward` of `frontier_table` does.
 
     The two part if the judge has its maximum at an earlier evaluation than the reward; of equal
     maxima the first counts. Maxima of a few noisy points move easily: look whether seeds agree.

@@ -25,7 +25,7 @@ from utils.policy_training_plots import baselines_figure, frontier, policy_curve
 __all__ = ["baselines_figure", "category_figure", "frontier", "length_figure", "policy_bars"]
 __all__ += ["policy_curves", "seeds_figure", "win_bars"]
 
-GAIN = f"gain over SFT, {SFT_SD} (line: 95% interval; hollow: holds 0)"
+GAIN = f"gain over SFT, {SFT_SD}\n(line: 95% interval; hollow: holds 0)"
 METHODS = {  # of `length_table`: what the gain is called, and its marker
     "raw": ("raw gain", "o"),
     "length": ("matched in length", "s"),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from utils.evaluation import distinct_n
+from utils.evaluation import distinct_n, distinct_of_words
 from utils.intervals import crossed_interval, named, named_interval
 from utils.policy_arms import AVERAGE, HEADLINE
 from utils.policy_runs import (
@@ -31,7 +31,7 @@ from utils.policy_runs import (
     rewards_of,
     seeds_of,
 )
-from utils.policy_stats import distinct_of_words, outcomes, paired_gains, pick_weights, prompt_means
+from utils.policy_stats import outcomes, paired_gains, pick_weights, prompt_means
 from utils.targets import target_row
 
 # What was hoped for: the column of the row that `target_table` reads it from, the side and bound.
@@ -61,7 +61,7 @@ def policy_table(frames: Frames, samples: int) -> pd.DataFrame:
         `seeds`, `n` (prompts); with `_low` and `_high`, for each reward model `reward_<model>` and
         `gain_<model>`, the paired difference to SFT, and that one's `_sd` between seeds and
         `_agree`, whether all seeds have its sign; under the judge the shares `win`, `tie` and
-        `loss` against SFT (`TIE`) and `win_rate` (a tie is half a win) with `_low` and `_high`,
+        `loss` against SFT and `win_rate` (a tie is half a win) with `_low` and `_high`,
         and all five with `_best` against SFT at its best temperature; `kl` (nats), `length`
         (tokens), `finished`, `repetition`; `distinct_2` over as many texts for all, a mean over
         seeds, and `distinct2_ratio`, it over SFT's; `distinct_2_words` and
@@ -82,8 +82,8 @@ def seed_table(frames: Frames, samples: int) -> pd.DataFrame:
     """Return each seed's paired gain over SFT, with intervals over prompts.
 
     Returns:
-        A row per arm and seed: policy, seed, `gain_judge` and `gain_own` with `_low` and `_high`,
-        kl, length, finished.
+        A row per arm and seed: policy, seed, `gain_judge` and, where `rewards_of` has one,
+        `gain_own` with `_low` and `_high`, kl, length, finished.
     """
     rows = []
     for policy in arms_of(frames):
@@ -147,7 +147,8 @@ def policy_category_table(frames: Frames, samples: int) -> pd.DataFrame:
     """Return each arm's paired gain over SFT by category.
 
     Returns:
-        Rows of policy, reward ("judge", "own"), category, value, low, high and n (prompts).
+        Rows of policy, reward ("judge", "own": see `rewards_of`), category, value, low, high and n
+        (prompts).
     """
     rows = []
     for policy in arms_of(frames):
@@ -166,7 +167,8 @@ def temperature_table(frames: Frames, samples: int) -> pd.DataFrame:
     Returns:
         A row per arm, `decoding` ("sampled", all seeds; "greedy", the seeds that have it) and
         `against` (`BEST`, `GREEDY`): policy, decoding, `temperature`, against, the paired
-        differences `judge` and `own` with `_low` and `_high`, seeds, and n (prompts).
+        differences `judge` and, where `rewards_of` has one, `own` with `_low` and `_high`, seeds,
+        and n (prompts).
     """
     rows = []
     for policy in arms_of(frames):
@@ -201,8 +203,7 @@ def target_table(table: pd.DataFrame, lengths: pd.DataFrame) -> pd.DataFrame:
         matched = lengths[(lengths["policy"] == arm) & (lengths["reward"] == "judge")]
         row |= named("equal", matched.set_index("method").loc["length"])
         for target, (column, side, bound) in TARGETS.items():
-            spans = f"{column}_low" in row
-            found = named_interval(row, column) if spans else {"value": row[column]}
+            found = named_interval(row, column)
             rows.append({"arm": arm, **target_row(target, found, side, bound)})
     return pd.DataFrame(rows)
 

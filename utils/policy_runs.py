@@ -102,10 +102,13 @@ def policies_of(frames: Frames) -> list[str]:
 def rewards_of(policy: str) -> dict[str, str]:
     """Return the columns of the rewards to report: `judge`, and `own`, what it was trained on.
 
-    A policy's name starts with its reward model's. The SFT model and its controls have no own one.
+    Evaluations hold the mean rating of a ten-class model and not its spread, so a policy that was
+    trained on another readout has no own reward there; nor do the SFT model and its controls.
     """
-    kind = policy.partition("_")[0]
-    return {"judge": JUDGE} | ({"own": f"reward_{kind}"} if kind in REWARDS else {})
+    arms = [name for name in ARMS if f"{policy}_".startswith(f"{name}_")]
+    arm = ARMS[max(arms, key=len)] if arms else None
+    own = {"own": f"reward_{arm.reward}"} if arm and arm.readout == "mean" else {}
+    return {"judge": JUDGE} | own
 
 
 def panel(frames: Frames, policies: Sequence[str], prompts: int = 12) -> pd.DataFrame:

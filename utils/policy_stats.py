@@ -1,4 +1,4 @@
-"""Statistics of the policy study: gains by prompt, wins, best of n, equal amounts of text.
+"""Statistics of the policy study: gains by prompt, wins, best of n.
 
 The frames here are rows of evaluations, a row per completion in the order of prompts x samples. A
 list of frames holds the seeds of one policy.
@@ -11,10 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-
-from utils.evaluation import distinct_n
-
-TIE = 0.1  # SFT standard deviations; answers whose rewards are closer than this tie
 
 
 def prompt_means(frames: Sequence[pd.DataFrame], values: Sequence[np.ndarray]) -> np.ndarray:
@@ -38,30 +34,15 @@ def paired_gains(
 def outcomes(policy: pd.DataFrame, base: pd.DataFrame, column: str) -> pd.DataFrame:
     """Say of each row whether the policy's completion wins, ties or loses against the base's.
 
-    Completions tie if their texts are the same or their rewards less than `TIE` apart.
+    Completions tie if their rewards are equal, as those of equal texts are.
 
     Returns:
         Columns `win`, `tie`, `loss`, 0 or 1, and `win_rate`, a tie being half a win.
     """
     gap = policy[column].to_numpy() - base[column].to_numpy()
-    tie = (policy["response"].to_numpy() == base["response"].to_numpy()) | (np.abs(gap) < TIE)
-    found = {"win": ~tie & (gap > 0), "tie": tie, "loss": ~tie & (gap < 0)}
+    found = {"win": gap > 0, "tie": gap == 0, "loss": gap < 0}
     table = pd.DataFrame(found).astype(float)
     return table.assign(win_rate=table["win"] + table["tie"] / 2)
-
-
-def distinct_of_words(texts: Sequence[str], words: int, n: int = 2, seed: int = 0) -> float:
-    """Share of different n-grams in the first `words` words of the texts, in a shuffled order.
-
-    The more text, the more repeats: `distinct_n` of few or short texts is higher for that alone,
-    which a fixed number of words undoes. The order is the same for any texts of that number.
-    """
-    kept, left = [], words
-    for place in np.random.default_rng(seed).permutation(len(texts)):
-        taken = texts[place].split()[:left]
-        kept.append(" ".join(taken))
-        left -= len(taken)
-    return distinct_n(kept, n)
 
 
 def pick_weights(scores: np.ndarray, n: int) -> np.ndarray:

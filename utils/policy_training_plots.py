@@ -100,7 +100,7 @@ def baselines_figure(logs: Logs, title: str) -> Figure:
 def frontier(
     table: pd.DataFrame, best_of_n: pd.DataFrame, averages: pd.DataFrame, title: str
 ) -> Figure:
-    """Show what each arm gains per KL, by its own reward and by the judge, and where they part.
+    """Show what each arm gains per KL, by its own reward model and the judge, and where they part.
 
     Both are gains over SFT on the same prompts, since the curves are measured on the validation
     prompts and best of n on the test prompts. A star is the judge's highest point.
@@ -136,13 +136,13 @@ def frontier(
         ax.set_xlabel("√KL to SFT, KL in nats" if place + columns >= len(arms) else "")
     for ax in axes[len(arms) :]:
         ax.set_visible(False)
-    for ls, marker, name in (("-", "o", "own reward"), ("--", "s", "judge")):
+    for ls, marker, name in (("-", "o", "own reward model"), ("--", "s", "judge")):
         axes[0].plot([], [], ls=ls, marker=marker, ms=4, color=look.DARK, label=name)
     axes[0].plot([], [], "*", ms=12, color=look.DARK, label="judge's highest")
     if len(averages):
         text = "average of the seeds, scaled (hollow: judge)"
         axes[0].plot([], [], "^-", ms=5, lw=1, color=look.DARK, label=text)
-    for face, name in ((look.GREY, "own reward"), ("white", "judge")):
+    for face, name in ((look.GREY, "own reward model"), ("white", "judge")):
         if len(best_of_n):
             text = f"best of n SFT samples, {name}"
             axes[0].plot([], [], "D", ms=5, color=look.GREY, markerfacecolor=face, label=text)

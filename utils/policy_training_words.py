@@ -6,7 +6,6 @@ Every function returns Markdown, and says so where nothing is published to make 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import pandas as pd
 
@@ -21,31 +20,6 @@ BASELINE_TERMS = {
     "advantage_rms": ("has smaller advantages", "has larger advantages", "has advantages alike"),
     "grad_norm": ("a smaller gradient norm", "a larger gradient norm", "a like gradient norm"),
 }
-READOUT_TERMS = {
-    "eval_reward": "mean rating",
-    "eval_judge": "judge",
-    "eval_kl": "KL",
-    "eval_mean_length": "length",
-}
-
-
-def held_out_words(logs: Mapping[int, pd.DataFrame]) -> str:
-    """Say of each seed what the held-out reward did, and what came with it."""
-    lines = []
-    for seed, log in logs.items():
-        held_out = held_out_rows(log)
-        first, last = held_out.iloc[0], held_out.iloc[-1]
-        rose = last["eval_reward_low"] > first["eval_reward_high"]
-        fell = last["eval_reward_high"] < first["eval_reward_low"]
-        side = f"are apart, {'above' if rose else 'below'} the start" if rose or fell else "overlap"
-        lines.append(
-            f"Seed {seed}: held-out reward {first['eval_reward']:+.2f} at step 0, "
-            f"**{last['eval_reward']:+.2f}** [{last['eval_reward_low']:+.2f}, "
-            f"{last['eval_reward_high']:+.2f}] at step {last['step']:.0f}: the intervals {side}. "
-            f"{_judged(held_out)}KL {last['eval_kl']:.1f} nats, length "
-            f"{first['eval_mean_length']:.0f} to {last['eval_mean_length']:.0f} tokens."
-        )
-    return listed(lines, "No run is published yet.")
 
 
 def scaling_words(averages: pd.DataFrame) -> str:
@@ -77,18 +51,6 @@ def baseline_words(table: pd.DataFrame) -> str:
     return listed(lines, none)
 
 
-def readout_words(table: pd.DataFrame) -> str:
-    """Hold the other rows of `readout_table` against the range of the seeds of the mean."""
-    lines, reference = [], table[table["arm"] == "ordinal"]
-    for row in table[table["arm"] != "ordinal"].to_dict("records") if len(reference) else []:
-        said = []
-        for column, name in READOUT_TERMS.items():
-            side, span = _place(row[column], reference[column], ("below", "above", "within"))
-            said.append(f"{name} {row[column]:.2f}, {side} {span}")
-        lines.append(f"**{row['label']}**, against the seeds of the mean: {'; '.join(said)}.")
-    return listed(lines, "There is nothing to compare yet: runs are missing.")
-
-
 def curve_words(logs: Logs) -> str:
     """Say what the held-out reward of each arm's seeds gained."""
     lines = []
@@ -111,17 +73,6 @@ def peak_words(peaks: pd.DataFrame) -> str:
             f"from its highest point to the end the judge loses {lost}."
         )
     return listed(lines, "No run is published yet.")
-
-
-def _judged(held_out: pd.DataFrame) -> str:
-    judge = held_out["eval_judge"]
-    if judge.isna().all():  # a run without a judge
-        return ""
-    top = held_out.loc[judge.idxmax()]
-    return (
-        f"Judge {judge.iloc[0]:+.2f} to {judge.iloc[-1]:+.2f}, highest ({judge.max():+.2f}) at "
-        f"step {top['step']:.0f}. "
-    )
 
 
 def _place(value: float, seeds: pd.Series, words: tuple[str, str, str]) -> tuple[str, str]:

@@ -11,8 +11,10 @@ from typing import Any
 
 import pandas as pd
 
+from utils.intervals import TINY
 from utils.policy_arms import ARMS, AVERAGE, HEADLINE
 from utils.policy_look import in_order, label
+from utils.policy_runs import rewards_of
 from utils.targets import target_words
 from utils.wording import listed, verdict, with_interval
 
@@ -21,18 +23,17 @@ NONE = "No policy is published yet."
 
 
 def gain_words(table: pd.DataFrame) -> str:
-    """Say what each arm of `policy_table` gains under its own reward model and the judge."""
+    """Say what each arm of `policy_table` gains under its own reward and the judge."""
     lines = []
     for arm, rows in _by_arm(table):
         row = rows.iloc[0]
-        own = f"gain_{ARMS[arm].reward}"
+        own = f"under its own reward model {_judgement(row, f'gain_{ARMS[arm].reward}')}; "
+        own = own if "own" in rewards_of(arm) else ""
         agree = "all seeds have its sign" if row["gain_judge_agree"] == 1 else "the seeds disagree"
         lines.append(
-            f"**{label(arm)}**: under its own reward model {_judgement(row, own)}; under the judge "
-            f"{_judgement(row, 'gain_judge')} ({agree if row['seeds'] > 1 else 'one seed'})."
+            f"**{label(arm)}**: {own}under the judge {_judgement(row, 'gain_judge')} "
+            f"({agree if row['seeds'] > 1 else 'one seed'})."
         )
-        if row[f"{own}_low"] > 0:
-            lines[-1] += f" Of the own gain the judge sees {row['gain_judge'] / row[own]:.0%}."
     return listed(lines, NONE)
 
 
@@ -70,19 +71,20 @@ def average_words(table: pd.DataFrame) -> str:
 
 
 def level_words(levels: pd.DataFrame) -> str:
-    """Say of each pair of `level_table` which arm is better under the judge."""
+    """Say of each pair of `level_table` with several seeds which arm is better under the judge."""
     lines, words = [], ("better", "worse", "not clearly different")
     pairs = levels.groupby(["first", "second"], sort=False) if len(levels) else []
     for (first, second), part in pairs:
         raw, equal = (_row(part, name) for name in ("raw", "length"))
+        if not raw["seeds"] > 1:
+            continue
         agree = "The seeds agree" if raw["seeds_agree"] == 1 else "The seeds do not agree in sign"
         lines.append(
             f"**{label(second)}** against **{label(first)}**: {_span(raw)} under the judge, "
             f"**{verdict(raw['low'], raw['high'], words)}**; at equal length {_span(equal)}, "
             f"{verdict(equal['low'], equal['high'], words)}. KL {raw['kl_second']:.1f} against "
             f"{raw['kl_first']:.1f} nats, length {raw['length_second']:.0f} against "
-            f"{raw['length_first']:.0f} tokens; "
-            + (f"{raw['seeds']:.0f} seeds. {agree}." if raw["seeds"] > 1 else "1 seed.")
+            f"{raw['length_first']:.0f} tokens; {raw['seeds']:.0f} seeds. {agree}."
         )
     return listed(lines, "The arms to compare are not published yet.")
 
@@ -113,10 +115,9 @@ def temperature_words(table: pd.DataFrame) -> str:
     for arm, part in _by_arm(table):
         least = part.loc[part["judge"].idxmin()]
         lines.append(
-            f"{label(arm)}: {(part['judge_low'] > 0).sum()} of {len(part)} comparisons under the "
-            f"judge are above zero; the least is {least['decoding']} against "
-            f"{label(least['against'])}: {_judgement(least, 'judge')}; own reward "
-            f"{_judgement(least, 'own')}."
+            f"{label(arm)}: {(part['judge_low'] > TINY).sum()} of {len(part)} comparisons under "
+            f"the judge are above zero; the least is {least['decoding']} against "
+            f"{label(least['against'])}: {_judgement(least, 'judge')}."
         )
     return listed(lines, NONE)
 
@@ -129,8 +130,8 @@ def category_words(table: pd.DataFrame) -> str:
         least, most = own.loc[own["value"].idxmin()], own.loc[own["value"].idxmax()]
         lines.append(
             f"{label(arm)}: of {len(own)} categories {(own['value'] > 0).sum()} gain, "
-            f"{(own['low'] > 0).sum()} clearly, and {(own['high'] < 0).sum()} clearly lose; least "
-            f"{least['category']} ({least['value']:+.2f}), most {most['category']} "
+            f"{(own['low'] > TINY).sum()} clearly, and {(own['high'] < -TINY).sum()} clearly lose; "
+            f"least {least['category']} ({least['value']:+.2f}), most {most['category']} "
             f"({most['value']:+.2f})."
         )
     return listed(lines, "No policy is published yet, or the set has no categories.")

@@ -57,22 +57,18 @@ def scored_responses(reward_model: RewardModel, pairs: Sequence[Pair]) -> list[d
     ]
 
 
-def pair_metrics(
-    run: Run, pairs: Sequence[Pair], samples: int
-) -> tuple[pd.DataFrame, dict[str, dict[str, float]]]:
-    """Pair up the scored responses of a run and measure them.
+def pair_rows(run: Run, pairs: Sequence[Pair]) -> pd.DataFrame:
+    """Pair up the scored responses of a run.
 
     Args:
         run: a reward model's run with its `samples.jsonl`.
         pairs: the pairs that were scored.
-        samples: bootstrap resamples of the intervals.
 
     Returns:
-        A frame with a row per pair (`correct` is 1, 0, or .5 for a tie; `log_p` is
+        A row per pair: prompt_id, category, prompt, `gap` (in rating), between_samples, chosen,
+        rejected, and their rewards; `correct` is 1, 0, or .5 for a tie; `log_p` is
         log P(chosen beats rejected), a tie being no win; `p` is that probability given that the
-        two do not tie), and the metrics: `accuracy` over all pairs,
-        `accuracy_model_pairs` over those between two samples of the model, and `nll`, the mean of
-        `-log_p` over all; each as `clustered_interval` gives it.
+        two do not tie.
     """
     rows = {
         (row["prompt_id"], row["batch"], row["place"]): row
@@ -88,6 +84,25 @@ def pair_metrics(
     logits = (torch.tensor(side["logits"].tolist()) for side in (better, worse))
     frame["log_p"], frame["p"] = (values.numpy() for values in _preference(*logits))
     frame["correct"] = (np.sign(frame["chosen_reward"] - frame["rejected_reward"]) + 1) / 2
+    return frame
+
+
+def pair_metrics(
+    run: Run, pairs: Sequence[Pair], samples: int
+) -> tuple[pd.DataFrame, dict[str, dict[str, float]]]:
+    """Measure the scored pairs of a run.
+
+    Args:
+        run: see `pair_rows`.
+        pairs: see `pair_rows`.
+        samples: bootstrap resamples of the intervals.
+
+    Returns:
+        The frame of `pair_rows`, and the metrics: `accuracy` over all pairs,
+        `accuracy_model_pairs` over those between two samples of the model, and `nll`, the mean of
+        `-log_p` over all; each as `clustered_interval` gives it.
+    """
+    frame = pair_rows(run, pairs)
 
     def interval(values: pd.Series) -> dict[str, float]:
         return clustered_interval(values, frame.loc[values.index, "prompt_id"], samples)

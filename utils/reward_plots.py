@@ -16,12 +16,11 @@ from utils.plot_style import style
 KINDS = {"scalar": ("scalar", look.BLUE), "ordinal": ("ten classes", look.ORANGE)}
 SHARED = {"sharex": True, "sharey": True}
 ACCURACIES = {"accuracy": "all pairs", "model_pairs": "pairs of two samples"}
-ERROR = "\nECE {value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 @style()
 def reliability_curves(
-    curves: Mapping[str, pd.DataFrame], title: str, ece: Mapping[str, Mapping[str, float]]
+    curves: Mapping[str, pd.DataFrame], title: str, ece: Mapping[str, float]
 ) -> Figure:
     """Show how often each model is right by how sure it is; on the diagonal it is calibrated.
 
@@ -36,7 +35,7 @@ def reliability_curves(
     for place, (ax, (name, table)) in enumerate(zip(axes, curves.items(), strict=False)):
         ax.plot([0.5, 1], [0.5, 1], color=look.GREY, ls="--", label="calibrated")
         _dots(ax, table["confidence"], table, "accuracy", look.BLUE, upright=True)
-        ax.set_title(look.plain(name) + ERROR.format(**ece[name]), fontsize=9)
+        ax.set_title(f"{look.plain(name)}\nECE {ece[name]:.3f}", fontsize=9)
         ax.tick_params(labelbottom=place + columns >= len(curves))
     for ax in axes[len(curves) :]:
         ax.set_visible(False)

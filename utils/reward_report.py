@@ -24,6 +24,7 @@ from utils.published_runs import PROFILE
 from utils.results import ResultsError, Run, read_jsonl
 from utils.reward_runs import pair_frame, seed_frames, study_arms
 from utils.rewards import KINDS
+from utils.rules import TEXT_RULES
 from utils.sources import Pair
 from utils.study import ARMS
 
@@ -47,14 +48,14 @@ def accuracy_table(
     Returns:
         A row per arm: arm, label, kind, `seeds` (how many); with `_low` and `_high`: `accuracy`,
         `model_pairs` (accuracy between two samples of the model), `reference_pairs` (accuracy on
-        the others, one of which is a reference), `nll` (a tie is no win),
-        `nll_untied` (given that there is no tie: the kinds compare) and `ece` (both ends of the
-        interval are means over the seeds, too); `accuracy_sd` between seeds, blank for one;
+        the others, one of which is a reference), `nll` (a tie is no win)
+        and `nll_untied` (given that there is no tie: the kinds compare); `ece`, the calibration
+        error, a mean over the seeds; `accuracy_sd` between seeds, blank for one;
         `gap_1`, `gap_2` and `gap_3`, accuracy at a rating gap of up to 1, up to 2, and more;
         `nll_constant`, what the best constant output pays; and `minutes` of training, mean over
         the seeds that were trained on more than one thread; blank if none.
     """
-    found = study_arms(results, arms, pairs, samples)
+    found = study_arms(results, arms, pairs)
     return pd.DataFrame([_accuracy_row(arm, found[arm], pairs, samples) for arm in found])
 
 
@@ -63,8 +64,8 @@ def category_table(
 ) -> pd.DataFrame:
     """Return accuracy by category, in rows of arm, category, value, low, high and n (pairs)."""
     rows = []
-    for arm, runs in study_arms(results, arms, pairs, samples).items():
-        for category, part in pair_frame(runs, pairs, samples).groupby("category"):
+    for arm, runs in study_arms(results, arms, pairs).items():
+        for category, part in pair_frame(runs, pairs).groupby("category"):
             found = clustered_interval(part["correct"], part["prompt_id"], samples)
             rows.append({"arm": arm, "category": category, **found})
     return pd.DataFrame(rows)
@@ -79,8 +80,8 @@ def learning_curve_table(results: Path, pairs: Sequence[Pair], samples: int) -> 
     """
     arms = [f"{arm}{share}" for arm in CURVES for share in SHARES]
     rows = []
-    for arm, runs in study_arms(results, arms, pairs, samples, across_sizes=True).items():
-        config, frame = runs[0].info["config"], pair_frame(runs, pairs, samples)
+    for arm, runs in study_arms(results, arms, pairs, across_sizes=True).items():
+        config, frame = runs[0].info["config"], pair_frame(runs, pairs)
         prompts = config["data.train_prompts"]
         if prompts is None:
             prompts = len(load_data(PROFILES[PROFILE].data).prompts("train"))
@@ -105,7 +106,7 @@ def difference_table(
     Raises:
         ResultsError: if the reference has no runs, or no seed in common with an arm.
     """
-    found = study_arms(results, [reference, *arms], pairs, samples)
+    found = study_arms(results, [reference, *arms], pairs)
     if reference not in found:
         raise ResultsError(
             f"the reference arm {reference!r} has no run: publish {PROFILE}-rm_{reference}_s0, or "
@@ -127,52 +128,58 @@ def ensemble_accuracy(runs: Sequence[Run], pairs: Sequence[Pair], samples: int) 
     Each seed's rewards count in standard deviations over the responses that it scored.
     """
     gaps = []
-    for run, frame in zip(runs, seed_frames(runs, pairs, samples), strict=True):
+    for run, frame in zip(runs, seed_frames(runs, pairs), strict=True):
         rewards = [row["reward"] for row in read_jsonl(run.directory / "samples.jsonl")]
         gaps.append((frame["chosen_reward"] - frame["rejected_reward"]) / np.std(rewards))
     correct = (np.sign(np.mean(gaps, axis=0)) + 1) / 2
     return clustered_interval(correct, [pair.prompt_id for pair in pairs], samples)
 
 
-def versus_rules(table: pd.DataFrame, rules: pd.DataFrame) -> pd.DataFrame:
-    """Hold each arm against the best rule that reads the text.
+def versus_rules(
+    results: Path, arms: Sequence[str], pairs: Sequence[Pair], rules: pd.DataFrame, samples: int
+) -> pd.DataFrame:
+    """Hold each arm against the best rule that reads the text, pair by pair.
+
+    The best rule is the most accurate on these very pairs, which favours it a little.
 
     Args:
-        table: of `accuracy_table`.
-        rules: of `rules_table`.
+        results: the folder of published runs.
+        arms: their names; one without runs has no row.
+        pairs: the test pairs.
+        rules: of `rules_correct`, the same pairs.
+        samples: bootstrap resamples.
 
     Returns:
-        A row per arm and kind of pairs ("all pairs", "between samples"): arm, label, pairs,
-        `accuracy`, the most accurate `rule` there and its `rule_accuracy`, both with `_low` and
-        `_high`, and `above`: whether the arm's interval lies above the rule's.
+        A row per arm and kind of pairs ("all pairs", "between samples"): arm, label, seeds, pairs,
+        the best `rule` there, `accuracy`, `rule_accuracy`, and `difference`, the first less the
+        second, with `_low` and `_high`. The interval is over prompts and leaves out the seeds.
     """
-    rows, text = [], rules[rules["reads_text"]]
-    for column, name in PAIRS.items():
-        if text[column].isna().all():  # no pair is known to be between samples
+    between = np.array([pair.between_samples for pair in pairs], bool)
+    kinds = zip(PAIRS.values(), (np.ones_like(between), between), strict=True)
+    found, rows = study_arms(results, arms, pairs), []
+    for name, there in kinds:
+        accuracies = rules.loc[there, [*TEXT_RULES]].mean()
+        if accuracies.isna().all():  # no pair is known to be between samples
             continue
-        best = text.loc[text[column].idxmax()]
-        for arm in table.to_dict("records"):
-            row = {"arm": arm["arm"], "label": arm["label"], "pairs": name, "rule": best["rule"]}
-            for end in ("", "_low", "_high"):
-                row[f"accuracy{end}"] = arm[f"{column}{end}"]
-                row[f"rule_accuracy{end}"] = best[f"{column}{end}"]
-            rows.append(row | {"above": row["accuracy_low"] > row["rule_accuracy_high"]})
+        best = accuracies.idxmax()
+        for arm, runs in found.items():
+            frame = pair_frame(runs, pairs)[there]
+            change = frame.assign(difference=frame["correct"] - rules.loc[there, best])
+            row = {"arm": arm, "label": ARMS[arm].label, "seeds": len(runs), "pairs": name}
+            row |= {"rule": best, "accuracy": frame["correct"].mean()}
+            row |= {"rule_accuracy": accuracies[best]}
+            rows.append(row | _interval("difference", change, "difference", samples))
     return pd.DataFrame(rows)
 
 
 def _accuracy_row(
     arm: str, runs: Sequence[Run], pairs: Sequence[Pair], samples: int
 ) -> dict[str, Any]:
-    frame, kind = pair_frame(runs, pairs, samples), runs[0].info["config"]["kind"]
+    frame, kind = pair_frame(runs, pairs), runs[0].info["config"]["kind"]
     # Rounded first: on a mapped scale a gap of 1 may be a hair above it.
     gaps = np.ceil(frame["gap"].round(6)).clip(upper=3)
-    accuracies = pd.Series(rows["correct"].mean() for rows in seed_frames(runs, pairs, samples))
-    errors = pd.DataFrame(
-        expected_calibration_error(
-            frame[f"p_{run.info['seed']}"], frame["prompt_id"], BINS, samples
-        )
-        for run in runs
-    )
+    accuracies = pd.Series(rows["correct"].mean() for rows in seed_frames(runs, pairs))
+    errors = [expected_calibration_error(frame[f"p_{run.info['seed']}"], BINS) for run in runs]
     return {
         "arm": arm,
         "label": ARMS[arm].label,
@@ -185,7 +192,7 @@ def _accuracy_row(
         **_interval("nll", frame, "nll", samples),
         **_interval("nll_untied", frame, "nll_untied", samples),
         "nll_constant": _constant_loss(kind),
-        **named("ece", errors.mean()),
+        "ece": np.mean(errors),
         "minutes": _minutes(runs),
     }
 
@@ -208,7 +215,7 @@ def _difference(
     if not shared:
         raise ResultsError(f"{arm!r} and {reference!r} have no seed in common: train one of both")
     first, second = (
-        pair_frame([run for run in side if run.info["seed"] in shared], pairs, samples)
+        pair_frame([run for run in side if run.info["seed"] in shared], pairs)
         for side in (runs, base)
     )
     change = first[["prompt_id", "between_samples"]].copy()

@@ -13,7 +13,7 @@ import pandas as pd
 
 from utils.published_runs import seed_runs
 from utils.results import ResultsError, Run, stored
-from utils.reward_evaluation import pair_metrics
+from utils.reward_evaluation import pair_rows
 from utils.sources import Pair
 
 # By file: when it was written, the pairs, and their rows. Several tables need the same runs.
@@ -33,7 +33,6 @@ def study_arms(
     results: Path,
     arms: Iterable[str],
     pairs: Sequence[Pair],
-    samples: int,
     across_sizes: bool = False,
 ) -> dict[str, list[Run]]:
     """Return the runs of each arm that has some, once it is sure that they compare.
@@ -42,7 +41,6 @@ def study_arms(
         results: the folder of published runs.
         arms: their names; one without runs is left out.
         pairs: the test pairs.
-        samples: bootstrap resamples.
         across_sizes: whether arms may differ in `data.train_prompts`, which changes the data's
             fingerprint; those that agree in it must still have the same.
 
@@ -63,18 +61,18 @@ def study_arms(
                 f"(fingerprints {prints[0]} and {prints[1]}) and do not compare: train both on the "
                 "same and publish them again, or leave one out"
             )
-    seed_frames(everything, pairs, samples)
+    seed_frames(everything, pairs)
     return found
 
 
-def seed_frames(runs: Sequence[Run], pairs: Sequence[Pair], samples: int) -> list[pd.DataFrame]:
-    """Return the rows of `pair_metrics` of each run.
+def seed_frames(runs: Sequence[Run], pairs: Sequence[Pair]) -> list[pd.DataFrame]:
+    """Return the rows of `pair_rows` of each run.
 
     Raises:
         ResultsError: naming two runs that scored different responses, or one that scored others
             than the pairs'.
     """
-    frames = [_pair_rows(run, pairs, samples) for run in runs]
+    frames = [_pair_rows(run, pairs) for run in runs]
     same = ["prompt_id", "chosen", "rejected", "gap"]
     for run, frame in zip(runs, frames, strict=True):
         if not frame[same].equals(frames[0][same]):
@@ -88,7 +86,7 @@ def seed_frames(runs: Sequence[Run], pairs: Sequence[Pair], samples: int) -> lis
     return frames
 
 
-def pair_frame(runs: Sequence[Run], pairs: Sequence[Pair], samples: int) -> pd.DataFrame:
+def pair_frame(runs: Sequence[Run], pairs: Sequence[Pair]) -> pd.DataFrame:
     """Average an arm's seeds, pair by pair.
 
     Returns:
@@ -96,7 +94,7 @@ def pair_frame(runs: Sequence[Run], pairs: Sequence[Pair], samples: int) -> pd.D
         over the seeds of `correct`, `nll` (-log P(chosen wins)) and `nll_untied` (the same, given
         that there is no tie); and that probability, given no tie, of each seed: `p_<seed>`.
     """
-    frames = seed_frames(runs, pairs, samples)
+    frames = seed_frames(runs, pairs)
     columns = ["prompt_id", "category", "prompt", "gap", "between_samples", "chosen", "rejected"]
     table = frames[0][columns].copy()
     table["correct"] = np.mean([frame["correct"] for frame in frames], axis=0)
@@ -107,12 +105,12 @@ def pair_frame(runs: Sequence[Run], pairs: Sequence[Pair], samples: int) -> pd.D
     return table
 
 
-def _pair_rows(run: Run, pairs: Sequence[Pair], samples: int) -> pd.DataFrame:
+def _pair_rows(run: Run, pairs: Sequence[Pair]) -> pd.DataFrame:
     path = stored(run.directory / "samples.jsonl")
     written, wanted = path.stat().st_mtime_ns, tuple(pairs)
     if path not in _rows or _rows[path][:2] != (written, wanted):
         try:
-            _rows[path] = (written, wanted, pair_metrics(run, pairs, samples)[0])
+            _rows[path] = (written, wanted, pair_rows(run, pairs))
         except KeyError as error:
             raise ResultsError(_other_pairs(run)) from error
     return _rows[path][2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from utils.intervals import named_interval
+from utils.intervals import TINY, named_interval
 from utils.study import HEADLINE_SEEDS
 from utils.targets import target_row
 
@@ -33,7 +33,7 @@ def reward_targets(
     Returns:
         A row per target as `target_words` reads it.
     """
-    above = against.loc[against["pairs"] == "all pairs", "above"]
+    above = against.loc[against["pairs"] == "all pairs", "difference_low"] > TINY
     name = "arms clearly above the best rule, all pairs"
     rows = [target_row(name, {"value": above.sum()}, "at least", len(above), ".0f")]
     full = table[table["seeds"] == len(HEADLINE_SEEDS)]

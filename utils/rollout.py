@@ -208,13 +208,8 @@ def _decode(
     padding = pad_sequence(ones, batch_first=True, padding_side="left")
     position = (padding.cumsum(-1) - 1).clamp_min(0).to(where)
     cache = DynamicCache(config=model.get_base_model().config)
-    out = body(
-        input_ids=ids.to(where),
-        attention_mask=padding.to(where),
-        position_ids=position,
-        past_key_values=cache,
-        use_cache=True,
-    )
+    # By position: minor releases of transformers rename the cache's keyword.
+    out = body(ids.to(where), padding.to(where), position, cache, use_cache=True)
     # A float mask in the shape of the attention scores: a boolean one is converted in every layer.
     steps = noise.shape[1]
     bias = torch.zeros(len(prompts), 1, 1, ids.shape[1] + steps, dtype=out.last_hidden_state.dtype)
@@ -234,11 +229,6 @@ def _decode(
             cache.batch_select_indices(going)
             bias, position, tokens = bias[going], position[going], tokens[going]
         position = position + 1
-        out = body(
-            input_ids=tokens[:, None],
-            attention_mask=bias[..., : ids.shape[1] + step + 1],
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-        )
+        seen = bias[..., : ids.shape[1] + step + 1]
+        out = body(tokens[:, None], seen, position, cache, use_cache=True)
     return completions

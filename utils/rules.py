@@ -122,10 +122,22 @@ def rule_accuracy(pairs: Iterable[Pair], rule: str | BagOfWords) -> tuple[float,
     return float(correct.mean()), len(correct)
 
 
-def rules_table(data: PreferenceData, split: str, samples: int) -> pd.DataFrame:
-    """Judge the pairs of a split by every rule, the bag of words trained on the train split.
+def rules_correct(data: PreferenceData, split: str) -> pd.DataFrame:
+    """Judge the pairs of a split by every rule: `rule_correct`, a row per pair, a column per rule.
 
-    Its C is chosen on the validation split, so only on the test split is it a fair rival.
+    The bag of words is trained on the train split and its C chosen on the validation split.
+    """
+    pairs = data.pairs(split)
+    bag = bag_of_words(data.pairs("train"), data.pairs("validation"))
+    return pd.DataFrame(
+        {name: rule_correct(pairs, bag if name == "bag_of_words" else name) for name in RULES}
+    )
+
+
+def rules_table(data: PreferenceData, split: str, samples: int) -> pd.DataFrame:
+    """Measure every rule on the pairs of a split.
+
+    The bag of words saw the other two splits, so only on the test split is it a fair rival.
 
     Args:
         data: the rated responses of all splits.
@@ -141,10 +153,8 @@ def rules_table(data: PreferenceData, split: str, samples: int) -> pd.DataFrame:
     pairs = data.pairs(split)
     between = np.array([pair.between_samples for pair in pairs], bool)
     prompts = pd.Series([pair.prompt_id for pair in pairs], dtype=object)
-    bag = bag_of_words(data.pairs("train"), data.pairs("validation"))
     rows = []
-    for name in RULES:
-        correct = rule_correct(pairs, bag if name == "bag_of_words" else name)
+    for name, correct in rules_correct(data, split).items():
         row = {"rule": name, "reads_text": name in TEXT_RULES}
         for prefix, judged in {"accuracy": correct, "model_pairs": correct[between]}.items():
             found = _interval(judged.dropna(), prompts, samples)

@@ -41,12 +41,25 @@ POLICY_METRICS = {
     "judge_winrate": "win_rate",
     "judge_winrate_best_temperature": "win_rate_best",
 }
+# The same of the table of blind ratings, and which of its rows are the headline policies.
+BLIND_METRICS = {
+    "blind_rating_gain": "gain",
+    "blind_winrate": "win_rate",
+    "blind_winrate_best_temperature": "win_rate_best",
+    "blind_winrate_best_of_16": "win_rate_best_of_16",
+    "echo_share": "echo_share",
+}
+RATED = {
+    "align_scalar": "scalar_s0",
+    "align_ordinal": "ordinal_s0",
+    "average_scalar": "scalar_average",
+}
 RULE_COUNTS = {"accuracy": "n", "model_pairs": "model_pairs_n"}
 
 
 def headline(results: Path = RESULTS) -> dict[str, dict[str, Any]]:
     """Return `{name: {value, low, high, n, seeds, run}}`; low to high is the 95% interval."""
-    return _reward_models(results) | _policies(results) | _cost(results)
+    return _reward_models(results) | _policies(results) | _readings(results) | _cost(results)
 
 
 def update() -> None:
@@ -112,6 +125,19 @@ def _policies(results: Path) -> dict[str, dict[str, Any]]:
         for name, value in values.items():
             found[f"align_{arm}.{name}"] = _entry({"n": row["n"], **value}, run, row["seeds"])
     return found
+
+
+def _readings(results: Path) -> dict[str, dict[str, Any]]:
+    """Read the table of blind ratings, in which each policy is one seed or one average."""
+    table = published_table(results, "blind_policies").set_index("policy")
+    return {
+        f"{model}.{name}": _entry(
+            {**named_interval(table.loc[policy], column), "n": table.loc[policy, "n"]},
+            f"cpu-test_{policy}",
+        )
+        for model, policy in RATED.items()
+        for name, column in BLIND_METRICS.items()
+    }
 
 
 def _cost(results: Path) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from utils.intervals import TINY
 from utils.wording import listed
 
 
@@ -31,7 +32,7 @@ def target_row(
         "at least": value >= bound,
         "at most": value <= bound,
         "below": value < bound,
-        "above": low > bound,
+        "above": low > bound + TINY,
     }[side]
     wanted = f"{side} {format(bound, form)}"
     row = {"target": target, "value": value, "low": low, "high": high, "form": form}

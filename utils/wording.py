@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from utils.intervals import ends
-
-COMPARED = ("better", "worse", "inconclusive")
+from utils.intervals import ends, side
 
 
 def verdict(low: float, high: float, words: tuple[str, str, str]) -> str:
     """Choose among the words for an interval above zero, below it, and one that covers it."""
-    return words[0] if low > 0 else words[1] if high < 0 else words[2]
+    above, below, neither = words
+    return {1: above, -1: below, 0: neither}[side(low, high)]
 
 
 def with_interval(row: Mapping[str, Any], name: str, form: str = "+.2f") -> str:

@@ -1,7 +1,8 @@
 """The notebooks on a stubbed Colab: an environment of its own, an empty folder, a clone, a Drive.
 
 What is Colab's here: `google.colab` is loaded before the first cell, the environment variables,
-the packages at the start, and that all notebooks find the same folder. No GPU, and no real Drive.
+the versions of the packages at the start, which are older than those of the lock, and that all
+notebooks find the same folder. No GPU, and no real Drive.
 """
 
 from __future__ import annotations
@@ -26,7 +27,23 @@ from utils.kernel import OwnKernel
 from utils.run import REPO
 
 pytestmark = pytest.mark.slow
-PROVIDED = ("numpy", "pandas", "matplotlib", "ipykernel", "packaging")
+# What a Colab machine has, as of August 2026.
+PROVIDED = {
+    "numpy": "2.1.3",
+    "pandas": "2.2.3",
+    "matplotlib": "3.10.0",
+    "scipy": "1.16.3",
+    "scikit-learn": "1.6.1",
+    "ipython": "7.34.0",
+    "ipykernel": "6.17.1",
+    "ipywidgets": "7.7.1",
+}
+TORCHAO = "0.10.0"  # a stub: peft raises an error as soon as it finds this version
+ADAPTER = """import torch
+from peft import LoraConfig, get_peft_model
+
+get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+"""
 COLAB = {
     "COLAB_RELEASE_TAG": "release-colab",
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
@@ -96,9 +113,7 @@ def kernel_of(python: Path) -> type[OwnKernel]:
         @property
         def kernel_spec(self) -> KernelSpec:
             command = ["-m", "ipykernel_launcher", "-f", "{connection_file}"]
-            return KernelSpec(
-                argv=[str(python), *command], metadata={"supported_encryption": ["curve"]}
-            )
+            return KernelSpec(argv=[str(python), *command])
 
     return Kernel
 
@@ -130,10 +145,20 @@ def environment(folder: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     python, lock = folder / "bin" / "python", REPO / "requirements-lock.txt"
     torch = re.search(r"^torch==.+$", lock.read_text(), re.M)[0]
-    pip = [str(python), "-m", "pip", "install", "-q", "-c", str(lock), torch, *PROVIDED]
+    pinned = [f"{name}=={version}" for name, version in PROVIDED.items()]
+    pip = [str(python), "-m", "pip", "install", "-q", torch, *pinned]
     done = subprocess.run(pip, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     site = next((folder / "lib").glob("python*/site-packages"))
+    stub = {
+        "torchao/__init__.py": "",
+        f"torchao-{TORCHAO}.dist-info/METADATA": f"Name: torchao\nVersion: {TORCHAO}\n",
+    }
+    record = f"torchao-{TORCHAO}.dist-info/RECORD"
+    stub[record] = "".join(f"{name},,\n" for name in (*stub, record))
+    for name, content in stub.items():
+        (site / name).parent.mkdir(exist_ok=True)
+        (site / name).write_text(content)
     (site / "google" / "colab").mkdir(parents=True)
     (site / "google" / "colab" / "__init__.py").touch()
     (site / "google" / "colab" / "drive.py").write_text(DRIVE)
@@ -161,8 +186,9 @@ def text(notebook: nbformat.NotebookNode) -> str:
 
 
 def test_the_notebooks_on_one_machine(machine: Machine):
-    kept = machine.versions("torch", "numpy", "pandas")
-    assert all(kept.values()), kept
+    kept = machine.versions("torch", *PROVIDED)
+    assert {name: kept[name] for name in PROVIDED} == PROVIDED
+    assert machine.versions("torchao") == {"torchao": TORCHAO}
 
     # A session that has loaded another version than is installed: stopped before the weights.
     notebook = machine.open(1)
@@ -195,7 +221,10 @@ def test_the_notebooks_on_one_machine(machine: Machine):
         assert (machine.clone / "runs").is_symlink() == (number >= 2)
     assert sorted(path.name for path in machine.folder.iterdir()) == ["drive", "report"]
 
-    assert machine.versions("torch", "numpy", "pandas") == kept
+    assert machine.versions("torch", *PROVIDED) == kept
+    assert machine.versions("torchao") == {"torchao": None}
+    done = subprocess.run([str(machine.python), "-c", ADAPTER], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
     assert (machine.clone / "runs").resolve() == machine.drive.resolve()
     profile = machine.drive / "smoke"
     assert {path.name[:2] for path in profile.glob("figures/*.png")} >= {"01", "02", "06"}

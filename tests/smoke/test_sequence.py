@@ -75,6 +75,12 @@ def second(copy: Path, first: subprocess.CompletedProcess[str]) -> subprocess.Co
     return run_smoke(copy)
 
 
+def assert_figures_are_shown(cell: nbformat.NotebookNode) -> None:
+    """A figure that a cell saves, also one in a loop, is among the cell's outputs."""
+    shown = sum("image/png" in out.get("data", {}) for out in cell.outputs)
+    assert shown >= cell.source.count("save_figure("), f"{shown} figures shown by\n{cell.source}"
+
+
 def report(done: subprocess.CompletedProcess[str]) -> str:
     return f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
 
@@ -89,15 +95,14 @@ def test_all_notebooks_run(copy: Path, first: subprocess.CompletedProcess[str]):
     for path in executed:
         cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
         assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+        for cell in cells:
+            assert_figures_are_shown(cell)
 
 
 def test_figures_and_runs_are_written(copy: Path, first: subprocess.CompletedProcess[str]):
     folder = copy / "runs" / "smoke"
-    figures = {
-        kind: {p.stem for p in (folder / "figures").glob(f"*.{kind}")} for kind in ("png", "svg")
-    }
-    assert figures["png"] == figures["svg"], report(first)
-    assert len(figures["png"]) >= 6, f"{sorted(figures['png'])}: at least one for each notebook"
+    figures = {path.stem for path in (folder / "figures").glob("*.png")}
+    assert len(figures) >= 6, f"{sorted(figures)}: at least one for each notebook"
     assert list(folder.glob("*/run.json"))
     assert list(folder.glob("*/metrics.csv"))
     assert (folder / "cost.json").exists()

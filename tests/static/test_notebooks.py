@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import base64
 import builtins
 import itertools
 import json
@@ -25,6 +26,7 @@ FOLDER = REPO / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 CORE = ["01", "02", "03", "04", "05", "06"]
 ABSOLUTE = re.compile(r"(?<![\w.:-])/(?:home|root|work|tmp)(?:/|\b)|\b[A-Z]:\\\\?\w")
+SAVED = re.compile(r'save_figure\(figure, profile, "(\w+)"\)')
 EMBEDDED_IMAGES = ("image/png", "image/jpeg")
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -89,6 +91,22 @@ def test_outputs_are_clean(path: Path):
     assert "widgets" not in read(path).metadata, "widget state breaks GitHub's viewer"
     kinds = {kind for out in outputs for kind in out.get("data", {})}
     assert "application/vnd.jupyter.widget-view+json" not in kinds
+
+
+@each_notebook
+def test_every_figure_is_embedded(path: Path):
+    shown = []
+    for cell in code_cells(path):
+        images = [
+            out.data["image/png"] for out in cell.outputs if "image/png" in out.get("data", {})
+        ]
+        assert len(images) >= cell.source.count("save_figure("), cell.source
+        shown += images
+    assert len(shown) == len(set(shown)), "a figure is shown twice"
+    names = {name for cell in code_cells(path) for name in SAVED.findall(cell.source)}
+    files = {path.stem: path.read_bytes() for path in (REPO / "results" / "figures").glob("*.png")}
+    embedded = {base64.b64decode(image) for image in shown}
+    assert names <= {name for name, content in files.items() if content in embedded}
 
 
 @each_notebook

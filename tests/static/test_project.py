@@ -173,12 +173,6 @@ def test_metrics_have_their_run():
     assert not alone
 
 
-def test_figures_come_in_both_formats():
-    figures = REPO / "results" / "figures"
-    names = {kind: {path.stem for path in figures.glob(f"*.{kind}")} for kind in ("png", "svg")}
-    assert names["png"] == names["svg"]
-
-
 def test_glossary_is_that_of_the_logged_columns():
     section = re.search(r"^## Glossary\n(.*?)(?=^## |\Z)", documents()[README], re.M | re.S)
     assert section, "README.md has no section '## Glossary'"

@@ -111,6 +111,16 @@ def test_a_failure_of_pip_shows_its_last_lines(pip: Pip):
     assert "line 3\n" not in str(caught.value)
 
 
+def test_torchao_is_removed_once(pip: Pip, monkeypatch: pytest.MonkeyPatch):
+    version = colab._version
+    monkeypatch.setattr(colab, "_version", lambda n: "0.10.0" if n == "torchao" else version(n))
+    monkeypatch.setattr(colab.subprocess, "run", lambda *a, **_: pip.commands.append(a) or pip.done)
+    colab.remove_torchao()
+    monkeypatch.setattr(colab, "_version", version)
+    colab.remove_torchao()
+    assert [command[-1] for (command,) in pip.commands] == ["torchao"]
+
+
 @pytest.mark.parametrize(("loaded", "name"), [("0.0.1", "numpy"), ("0.0.2", "pandas")])
 def test_another_loaded_version_asks_for_a_restart(
     monkeypatch: pytest.MonkeyPatch, loaded: str, name: str

@@ -16,6 +16,7 @@ from utils.data import Pair, Prompt
 from utils.evaluation import (
     compare,
     distinct_n,
+    distinct_of_words,
     evaluate_policy,
     held_out_metrics,
     repetition,
@@ -53,6 +54,23 @@ def test_distinct_by_hand():
     assert distinct_n(["a b a b", "a b"]) == 2 / 4, "over all texts together, not text by text"
     assert distinct_n(["a b c"], n=1) == 1
     assert math.isnan(distinct_n(["", "a"])), "no bigram, no share"
+
+
+def test_distinct_bigrams_of_as_many_words():
+    short = ["a b c", "d e f"]
+    long = ["a b c d e f g h a b c d e f g h", "a b c d e f g h"]
+    assert distinct_n(long) < 0.6
+    assert distinct_of_words(short, 6) == 1
+    assert distinct_of_words(long, 6) == 1, "its first six words repeat nothing"
+    assert distinct_of_words(long, 99) == distinct_n(long)
+    halves = distinct_of_words(["a a a a", "b b b b"], 6)
+    assert halves == 2 / 4, "three bigrams of one text and one of the other; none spans both"
+
+
+def test_texts_are_taken_in_a_shuffled_order_that_is_the_same_for_all():
+    texts = ["x x x"] * 10 + [f"{i} {i + 1} {i + 2}" for i in range(0, 30, 3)]
+    assert distinct_of_words(texts, 30) > 0.3, "in the given order all are x"
+    assert distinct_of_words(texts, 30) == distinct_of_words([t.upper() for t in texts], 30)
 
 
 def test_repetition_by_hand():

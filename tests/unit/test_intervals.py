@@ -12,7 +12,9 @@ from utils.intervals import (
     clustered_interval,
     crossed_interval,
     crossed_sums,
+    named_interval,
     percentile_interval,
+    side,
 )
 
 SAMPLES = 2000
@@ -194,3 +196,22 @@ def test_sums_start_with_the_plain_one_and_repeat():
     assert not np.array_equal(sums, crossed_sums(totals, 50, seed=1))
     # Each resample draws two seeds and three prompts, hence six cells.
     np.testing.assert_allclose(crossed_sums(np.ones((2, 3)), 50), 6)
+
+
+# Reading
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0.1, 0.2, 1), (-0.2, -0.1, -1), (-0.1, 0.1, 0), (1.8e-18, 0.1, 0), (-0.1, -1.8e-18, 0)],
+)
+def test_an_end_at_zero_but_for_rounding_holds_zero(low, high, expected):
+    assert side(low, high) == expected
+
+
+def test_a_number_without_an_interval_has_no_ends():
+    row = {"ece": 0.02, "nll": 0.4, "nll_low": 0.3, "nll_high": 0.5}
+    assert named_interval(row, "ece") == {"value": 0.02}
+    assert named_interval(row, "nll") == {"value": 0.4, "low": 0.3, "high": 0.5}
+    with pytest.raises(KeyError):
+        named_interval(row, "accuracy")

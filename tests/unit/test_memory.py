@@ -293,7 +293,7 @@ def test_the_key_value_cache(shapes):
     policy, found = load_policy(config, 8, 16, seed=0), transformers_config(config)
     cache = DynamicCache(config=found)
     with torch.no_grad():
-        policy(input_ids=token_ids(), past_key_values=cache, use_cache=True)
+        policy.get_base_model().model(token_ids(), None, None, cache, use_cache=True)
     held = sum(t.numel() * t.element_size() for x in cache.layers for t in (x.keys, x.values))
     planned = ModelSize(found).sampling_gb(ROWS, 0, TIME, device_arithmetic(config))
     assert planned == pytest.approx(held / 1e9)

@@ -8,6 +8,7 @@ import torch
 
 from utils import models, pipeline, results, reward_training, rewards, rollout
 from utils.pipeline import (
+    align_run,
     align_stage,
     before_and_after,
     prepared_data,
@@ -123,6 +124,11 @@ def test_training_and_held_out_rewards_have_that_unit(untrained):
     raw = pipeline.evaluate_policy(*arguments).reward_scalar.mean()
     expected = (raw - info["reward_mean"]) / info["reward_std"]
     assert run.metrics().eval_reward.iloc[-1] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_a_finished_run_is_read_without_its_policy(folder, monkeypatch):
+    forbid(monkeypatch, "load_sft", "align_policy")
+    assert align_run("scalar", profile()).metrics()["eval_reward"].notna().any()
 
 
 def test_finished_stages_are_reused(folder, monkeypatch, capsys):

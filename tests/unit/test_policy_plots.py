@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import matplotlib as mpl
 
 mpl.use("Agg")
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -22,12 +21,6 @@ from utils import plot_style as look
 from utils import policy_look, policy_plots
 from utils.intervals import ends
 from utils.policy_arms import ARMS
-
-
-@pytest.fixture(autouse=True)
-def _close_figures() -> Iterator[None]:
-    yield
-    plt.close("all")
 
 
 def metrics(shift: float = 0.0, steps: int = 16, start: float = 0.1) -> pd.DataFrame:

@@ -129,7 +129,9 @@ def test_evaluations_as_published(tmp_path):
 def test_own_rewards():
     assert rewards_of("sft_best") == {"judge": "reward_judge"}
     assert rewards_of("scalar_none")["own"] == rewards_of("scalar_s0_greedy")["own"]
-    assert rewards_of("ordinal_cautious") == {"judge": "reward_judge", "own": "reward_ordinal"}
+    assert rewards_of("ordinal_average")["own"] == "reward_ordinal"
+    for name in ("ordinal_cautious", "ordinal_cautious_s0_greedy", "ordinal_beats_sft"):
+        assert rewards_of(name) == {"judge": "reward_judge"}, "the mean is not what it learned from"
 
 
 @pytest.mark.parametrize(
@@ -414,19 +416,21 @@ def test_where_nothing_changed_the_gain_is_its_mean(frames):
 
 
 def test_length_table(frames):
-    frames["scalar_s0"]["length"] = [20, 20, 90, 90, 20, 20]
+    frames["scalar_s0"]["length"] = [20, 20, 90, 90, 20, 90]
     rows = length_table(frames, SAMPLES).set_index(["policy", "reward", "method"])
     assert not {"sft", "sft_pool"} & {*rows.index.get_level_values("policy")}
     assert {*rows.loc["sft_greedy"].index.get_level_values("reward")} == {"judge"}
     raw, near, even, fitted = rows.loc[("scalar", "judge")].to_dict("records")
     assert raw["value"] == pytest.approx(1)
     assert (raw["matched"], raw["raw_there"], raw["seeds"], raw["n"]) == (1, raw["value"], 2, 3)
-    assert raw["length_change"] == pytest.approx(140 / 12)
-    # The pool has 1.5, 5.5, 9.5 on the prompts; p1 of the first seed has no match.
-    cells = [0, -5, 2, -2, -5]
+    assert raw["length_change"] == pytest.approx(210 / 12)
+    # The pool has 1.5, 5.5, 9.5 on the prompts; of the first seed p1 has no match, p2 has one.
+    cells = [0, -5.5, 2, -2, -5]
     assert near["value"] == pytest.approx(np.mean(cells)) == even["value"]
-    assert near["matched"] == pytest.approx(10 / 12)
-    assert near["raw_there"] == pytest.approx((2 * 1 + 2 * 3 + 2 * 1) / 10)
+    assert near["matched"] == pytest.approx(9 / 12)
+    assert near["raw_there"] == pytest.approx((1 + 0 + 3 + 1 + 0) / 5), "prompts, as in the value"
+    by_rows = (2 * 1 + 1 * 0 + 2 * 3 + 2 * 1 + 2 * 0) / 9
+    assert near["raw_there"] != pytest.approx(by_rows), "completions do not weigh alike"
     assert near["length_change"] == 0
     assert near["n"] == 3, "p1 has a match under the other seed"
     slopes = regression_table(frames, SAMPLES).set_index(["policy", "reward"])

@@ -6,11 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from utils.evaluation import distinct_n
 from utils.intervals import crossed_interval
 from utils.policy_stats import (
-    TIE,
-    distinct_of_words,
     outcomes,
     paired_gains,
     pick_weights,
@@ -47,34 +44,12 @@ def test_gains_are_paired():
 
 
 def test_wins_ties_and_losses():
-    base = pd.DataFrame({"response": list("abcde"), "judge": [0.0, 0, 0, 0, 0]})
-    rewards = [TIE * 1.01, TIE * 0.99, -TIE * 0.99, -TIE * 1.01, 5]
-    own = pd.DataFrame({"response": list("vwxye"), "judge": rewards})
-    found = outcomes(own, base, "judge")
-    assert found["win"].tolist() == [1, 0, 0, 0, 0], "the same text cannot win"
-    assert found["tie"].tolist() == [0, 1, 1, 0, 1]
-    assert found["loss"].tolist() == [0, 0, 0, 1, 0]
-    assert found["win_rate"].tolist() == [1, 0.5, 0.5, 0, 0.5]
-
-
-# Amounts of text
-
-
-def test_distinct_bigrams_of_as_many_words():
-    short = ["a b c", "d e f"]
-    long = ["a b c d e f g h a b c d e f g h", "a b c d e f g h"]
-    assert distinct_n(long) < 0.6
-    assert distinct_of_words(short, 6) == 1
-    assert distinct_of_words(long, 6) == 1, "its first six words repeat nothing"
-    assert distinct_of_words(long, 99) == distinct_n(long)
-    halves = distinct_of_words(["a a a a", "b b b b"], 6)
-    assert halves == 2 / 4, "three bigrams of one text and one of the other; none spans both"
-
-
-def test_texts_are_taken_in_a_shuffled_order_that_is_the_same_for_all():
-    texts = ["x x x"] * 10 + [f"{i} {i + 1} {i + 2}" for i in range(0, 30, 3)]
-    assert distinct_of_words(texts, 30) > 0.3, "in the given order all are x"
-    assert distinct_of_words(texts, 30) == distinct_of_words([t.upper() for t in texts], 30)
+    base = pd.DataFrame({"judge": [0.0, 0, 0, 5]})
+    found = outcomes(pd.DataFrame({"judge": [1.0, 0.05, -0.05, 5]}), base, "judge")
+    assert found["win"].tolist() == [1, 1, 0, 0], "a small gap is a win, no tie"
+    assert found["tie"].tolist() == [0, 0, 0, 1]
+    assert found["loss"].tolist() == [0, 0, 1, 0]
+    assert found["win_rate"].tolist() == [1, 1, 0, 0.5]
 
 
 # Best of n

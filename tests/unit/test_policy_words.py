@@ -51,14 +51,15 @@ def test_gains():
     scalar, ordinal, ema = policy_words.gain_words(table).split("\n")
     assert scalar == (
         f"- **{SCALAR}**: under its own reward model +1.00 [+0.50, +1.50], above zero; under the "
-        "judge +0.25 [+0.12, +0.50], above zero (all seeds have its sign). Of the own gain the "
-        "judge sees 25%."
+        "judge +0.25 [+0.12, +0.50], above zero (all seeds have its sign)."
     )
     assert ordinal == (
         f"- **{ORDINAL}**: under its own reward model -1.00 [-1.50, -0.50], below zero; under the "
         "judge -0.25 [-0.50, -0.12], below zero (the seeds disagree)."
     )
     assert "+0.25 [-0.12, +0.50], inconclusive (one seed)" in ema
+    cautious = policy_words.gain_words(pd.DataFrame([row("ordinal_cautious", (1, 0.5, 2))]))
+    assert "own" not in cautious, "the mean rating is not what it was trained on"
     assert policy_words.gain_words(NOTHING) == NONE
 
 
@@ -91,14 +92,11 @@ def test_levels():
     rows = [level("raw", 0.5, 0.25, 0.75), level("length", -0.5, -0.75, -0.25)]
     one = {"second": "ordinal_cautious", "first": "ordinal", "seeds": 1, "seeds_agree": math.nan}
     rows += [level("raw", 0.5, -0.25, 0.75, **one), level("length", 0.5, 0.25, 0.75, **one)]
-    first, second = policy_words.level_words(pd.DataFrame(rows)).split("\n")
-    assert first == (
+    assert policy_words.level_words(pd.DataFrame(rows)) == (
         f"- **{ORDINAL}** against **{SCALAR}**: +0.50 [+0.25, +0.75] under the judge, **better**; "
         "at equal length -0.50 [-0.75, -0.25], worse. KL 4.0 against 2.0 nats, length 30 against "
         "20 tokens; 3 seeds. The seeds agree."
-    )
-    assert "**not clearly different**" in second
-    assert second.endswith("tokens; 1 seed.")
+    ), "no verdict on one seed"
     apart = pd.DataFrame([entry | {"seeds_agree": False} for entry in rows[:2]])
     assert policy_words.level_words(apart).endswith("The seeds do not agree in sign.")
     assert policy_words.level_words(NOTHING) == "The arms to compare are not published yet."
@@ -136,8 +134,7 @@ def test_temperature():
     ]
     assert policy_words.temperature_words(pd.DataFrame(rows)) == (
         f"- {SCALAR}: 1 of 3 comparisons under the judge are above zero; the least is greedy "
-        "against SFT, greedy: +0.12 [-0.12, +0.38], inconclusive; own reward +2.00 [+1.00, +3.00], "
-        "above zero."
+        "against SFT, greedy: +0.12 [-0.12, +0.38], inconclusive."
     )
     assert policy_words.temperature_words(NOTHING) == NONE
 

@@ -136,7 +136,7 @@ def test_a_run_that_is_not_what_its_name_says(tmp_path, change, message):
 
 
 def test_pairs_are_averaged_over_seeds(results):
-    frame = pair_frame(study_runs(results, "margin"), PAIRS, SAMPLES)
+    frame = pair_frame(study_runs(results, "margin"), PAIRS)
     assert frame["prompt_id"].tolist() == ["p0", "p0", "p0", "p1", "p2"]
     assert frame["gap"].tolist() == [4, 7, 3, 1, 1.5]
     assert frame["between_samples"].tolist() == [False, False, True, True, True]
@@ -148,7 +148,7 @@ def test_pairs_are_averaged_over_seeds(results):
 
 
 def test_a_tie_of_two_distributions_costs_only_the_strict_loss(results):
-    frame = pair_frame(study_runs(results, "pairwise"), PAIRS, SAMPLES)
+    frame = pair_frame(study_runs(results, "pairwise"), PAIRS)
     np.testing.assert_allclose(frame["nll"], -LOG_WIN, rtol=1e-5)
     np.testing.assert_allclose(frame["p_1"], [1, 1, 1, 0.5, 0.25], rtol=1e-5)
     np.testing.assert_allclose(
@@ -158,13 +158,13 @@ def test_a_tie_of_two_distributions_costs_only_the_strict_loss(results):
 
 
 def test_a_file_is_read_once_until_it_changes(results, monkeypatch):
-    reads, read = count(), reward_runs.pair_metrics
+    reads, read = count(), reward_runs.pair_rows
 
     def counted(*arguments):
         next(reads)
         return read(*arguments)
 
-    monkeypatch.setattr(reward_runs, "pair_metrics", counted)
+    monkeypatch.setattr(reward_runs, "pair_rows", counted)
     arguments = (results, ["margin", "pairwise"], PAIRS, 20)
     before = accuracy_table(*arguments)
     category_table(*arguments)
@@ -179,7 +179,7 @@ def test_a_file_is_read_once_until_it_changes(results, monkeypatch):
     path.unlink()
     pd.testing.assert_frame_equal(accuracy_table(*arguments), after)
     assert next(reads) == 8, "a packed file is another file, and is read, too"
-    frame = pair_frame(study_runs(results, "margin"), PAIRS[3:], 20)
+    frame = pair_frame(study_runs(results, "margin"), PAIRS[3:])
     assert frame["correct"].tolist() == [0, 1], "these are rows of other pairs"
 
 
@@ -236,15 +236,15 @@ def test_calibration_error_is_the_mean_of_the_seeds(results, monkeypatch):
     assert row["ece"] == pytest.approx((first + (1 - sure[1]).mean()) / 2, rel=1e-5)
     calls = []
 
-    def error(p, clusters, bins, samples):
-        calls.append((p.tolist(), clusters.tolist(), bins, samples))
-        return {"value": len(calls), "low": 10 * len(calls), "high": 100 * len(calls), "n": 5}
+    def error(p, bins):
+        calls.append((p.tolist(), bins))
+        return len(calls)
 
     monkeypatch.setattr("utils.reward_report.expected_calibration_error", error)
     row = accuracy_table(results, ["margin"], PAIRS, SAMPLES).loc[0]
-    assert triple(row, "ece") == (1.5, 15, 150)
+    assert row["ece"] == 1.5
     np.testing.assert_allclose([call[0] for call in calls], 1 / (1 + np.exp(-GAPS)), rtol=1e-5)
-    assert calls[0][1:] == (["p0", "p0", "p0", "p1", "p2"], 10, SAMPLES)
+    assert calls[0][1] == 10
 
 
 def test_one_seed_has_no_spread(tmp_path):
@@ -253,7 +253,7 @@ def test_one_seed_has_no_spread(tmp_path):
     assert row["seeds"] == 1
     assert math.isnan(row["accuracy_sd"])
     assert row["accuracy"] == pytest.approx(0.7)
-    assert "p_3" in pair_frame(study_runs(tmp_path, "margin"), PAIRS, SAMPLES)
+    assert "p_3" in pair_frame(study_runs(tmp_path, "margin"), PAIRS)
 
 
 def test_no_runs_no_rows(tmp_path):
@@ -378,24 +378,21 @@ def test_a_run_that_scored_other_responses_than_the_pairs(tmp_path, groups):
 # Against rules
 
 
-def test_arms_against_the_best_rule_that_reads_the_text():
-    columns = "accuracy accuracy_low accuracy_high model_pairs model_pairs_low model_pairs_high"
-    arms = [("good", 0.8, 0.72, 0.9, 0.7, 0.65, 0.75), ("fair", 0.75, 0.69, 0.8, 0.7, 0.6, 0.75)]
-    table = pd.DataFrame(arms, columns=["arm", *columns.split()])
-    table["label"] = table["arm"].str.upper()
-    rules = pd.DataFrame(
-        [
-            ("longer", True, 0.6, 0.5, 0.7, 0.5, 0.4, 0.61),
-            ("finished", True, 0.5, 0.4, 0.99, 0.55, 0.5, 0.6),
-            ("cooler", False, 0.9, 0.85, 0.95, 0.9, 0.85, 0.95),
-        ],
-        columns=["rule", "reads_text", *columns.split()],
-    )
-    found = versus_rules(table, rules)
+def test_arms_against_the_best_rule_pair_by_pair(results):
+    rules = pd.DataFrame({"longer": [1.0, 1, 1, 0, 0], "shorter": 0.0, "finished": 0.5})
+    rules["bag_of_words"] = [0.0, 0, 0, 1, 1]
+    rules["cooler"] = [1.0, 1, 1, 1, 1]
+    found = versus_rules(results, ["soft", "margin", "pairwise"], PAIRS, rules, 4000)
     assert found["pairs"].tolist() == ["all pairs"] * 2 + ["between samples"] * 2
-    assert found["rule"].tolist() == ["longer"] * 2 + ["finished"] * 2, "cooler reads no text"
-    assert found["above"].tolist() == [True, False, True, False], "the intervals may not touch"
-    assert found["label"].tolist() == ["GOOD", "FAIR"] * 2
-    row = found.loc[2]
-    assert triple(row, "accuracy") == (0.7, 0.65, 0.75)
-    assert triple(row, "rule_accuracy") == (0.55, 0.5, 0.6)
+    assert found["rule"].tolist() == ["longer"] * 2 + ["bag_of_words"] * 2, "cooler reads no text"
+    assert found["arm"].tolist() == ["margin", "pairwise"] * 2
+    margin, ten, between, _ = found.to_dict("records")
+    assert (margin["seeds"], margin["accuracy"], margin["rule_accuracy"]) == (2, 0.85, 0.6)
+    # CORRECT less the rule's: 0, 0, -.25, .5, 1; the extremes over prompts are p0 and p2 thrice.
+    assert triple(margin, "difference") == pytest.approx((0.25, -0.25 / 3, 1))
+    # The ten classes are right on 1, 1, 1, 1, 0: as the rule is but for p1, so never worse, where
+    # the separate intervals, [0, 1] both, would overlap whatever the two have in common.
+    assert triple(ten, "difference") == pytest.approx((0.2, 0, 1))
+    # Between samples, CORRECT is .75, .5, 1 and the rule's 0, 1, 1.
+    assert (between["accuracy"], between["rule_accuracy"]) == (0.75, 2 / 3)
+    assert triple(between, "difference") == pytest.approx((0.25 / 3, -0.5, 0.75))

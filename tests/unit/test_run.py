@@ -209,7 +209,7 @@ def finished_sequence(root: Path) -> Path:
     for kind in ("notebooks", "figures", "tables"):
         (folder / kind).mkdir(parents=True)
     nbformat.write(clean(notebook, "smoke", root), folder / "notebooks" / "01_a.ipynb")
-    (folder / "figures" / "curve.svg").write_text("<svg/>")
+    (folder / "figures" / "curve.png").write_text("a picture")
     (folder / "tables" / "all.csv").write_text("a\n1\n")
     (folder / "cost.json").write_text("{}")
     make_run(folder / "align", "finished", "new")
@@ -232,7 +232,7 @@ def test_publish_copies_the_small_files_of_finished_runs(tmp_path: Path):
         "smoke-align/run.json",
         "smoke-align/metrics.csv",
         "smoke-align/samples.jsonl",
-        "figures/curve.svg",
+        "figures/curve.png",
         "tables/all.csv",
         "smoke-cost.json",
     }
