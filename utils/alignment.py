@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.config import Profile
 from utils.data import PreferenceData, Prompt
+from utils.distributed import processes
 from utils.evaluation import Scorer, held_out_metrics
 from utils.memory_plan import policy_micro_batch
+from utils.policy_logs import clipped_steps
 from utils.reinforce import Monitor, train_policy
 from utils.results import Run
 from utils.rollout import Rollout
@@ -33,7 +35,8 @@ def align_policy(
 ) -> None:
     """Align a policy in place on the training prompts and finish its run.
 
-    `run.json` then holds `reward_mean` and `reward_std`, the scale of the training reward.
+    `run.json` then holds `reward_mean` and `reward_std`, the scale of the training reward, and
+    `clipped_steps`, the share of steps in which the gradient was clipped.
 
     Args:
         policy: the SFT model with an adapter; goes on from the run's last checkpoint if there is
@@ -73,4 +76,7 @@ def align_policy(
         ),
         monitor,
     )
-    run.finish()
+    facts = {}
+    if processes().is_main_process:  # the one that has the log
+        facts["clipped_steps"] = clipped_steps(run.metrics(), profile.reinforce.max_grad_norm)
+    run.finish(**facts)

@@ -106,7 +106,10 @@ class RewardConfig:
         micro = 1 if self.micro_groups is None else self.micro_groups
         divides = micro > 0 and self.groups_per_step % micro == 0
         expected = "a divisor of reward.groups_per_step"
+        _require(self.groups_per_step > 0, "reward.groups_per_step", self.groups_per_step, "> 0")
         _require(divides, "reward.micro_groups", self.micro_groups, expected)
+        share = 0 <= self.warmup_ratio <= 1
+        _require(share, "reward.warmup_ratio", self.warmup_ratio, "from 0 to 1")
         _require(self.save_steps > 0, "reward.save_steps", self.save_steps, "> 0")
         weight = self.reference_weight
         known = weight == 1 if self.trainer == "pairs" else 0 <= weight <= 1
@@ -131,7 +134,7 @@ class ReinforceConfig:
     temperature: float = 0.7  # the policy is softmax(logits / temperature)
     beta: float = 0.1  # weight of the sequence KL, in SFT reward standard deviations per nat
     learning_rate: float = 5e-4
-    warmup_steps: int = 3
+    warmup_steps: int = 3  # 0: none
     baseline: str = "running_mean"
     ema_decay: float = 0.9
     window: int = 10  # steps that the "window" baseline remembers
@@ -155,7 +158,9 @@ class ReinforceConfig:
         expected = "at least 2 with the rloo baseline"
         _require(enough, "reinforce.num_generations", self.num_generations, expected)
         _require(self.temperature > 0, "reinforce.temperature", self.temperature, "> 0")
-        _require(self.steps > 0, "reinforce.steps", self.steps, "> 0")
+        for name in ("steps", "prompts_per_step", "num_generations", "eval_steps", "save_steps"):
+            _require(getattr(self, name) > 0, f"reinforce.{name}", getattr(self, name), "> 0")
+        _require(self.warmup_steps >= 0, "reinforce.warmup_steps", self.warmup_steps, ">= 0")
         share = 0 <= self.min_distinct_2 <= 1
         _require(share, "reinforce.min_distinct_2", self.min_distinct_2, "from 0 to 1")
         budget = self.kl_budget is None or self.kl_budget > 0

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
 import os
 import platform
-import resource
+import re
 import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,10 +54,19 @@ def _no_kernel_message(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
 
 
-def peak_rss_gb() -> float:
-    """Return the peak resident memory of this process in GB (10^9 bytes)."""
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+def peak_rss_gb(pid: int | None = None) -> float:
+    """Return the peak resident memory of a process (None: this one) in GB (10^9 bytes).
+
+    Where the system keeps no peak (macOS), it is the memory now; 0 if there is no such process.
+    """
+    with contextlib.suppress(OSError):
+        status = Path(f"/proc/{pid or os.getpid()}/status").read_text()
+        if peak := re.search(r"VmHWM:\s+(\d+) kB", status):
+            return round(int(peak[1]) * 1024 / 1e9, 3)
+    with contextlib.suppress(psutil.Error):
+        memory = psutil.Process(pid).memory_info()
+        return round(getattr(memory, "peak_wset", memory.rss) / 1e9, 3)
+    return 0.0
 
 
 def device_name() -> str:
@@ -67,7 +78,10 @@ def device_name() -> str:
 
 def _git_state() -> dict[str, Any]:
     def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
+        with contextlib.suppress(OSError):  # no git on this machine
+            command = ["git", *args]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            return done.stdout.strip()
+        return ""
 
     return {"git_commit": git("rev-parse", "HEAD") or None, "git_dirty": bool(git("status", "-s"))}

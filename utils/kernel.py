@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 from traitlets import default
 
+from utils.environment import peak_rss_gb
 from utils.publish import RunError, is_code
 
 
@@ -86,23 +86,12 @@ class ReportClient(NotebookClient):
     def _measure(self, cell: NotebookNode, cell_index: int, execute_reply: Any) -> None:
         pid = getattr(self.km.provisioner, "pid", None) if self.km else None
         if pid:
-            self.peak_rss_gb = max(self.peak_rss_gb, kernel_peak_gb(pid))
+            self.peak_rss_gb = max(self.peak_rss_gb, peak_rss_gb(pid))
 
     def _stop(self) -> None:
         end = self.km.shutdown_kernel(now=True) if self.stopped else self.km.interrupt_kernel()
         self._ending = asyncio.ensure_future(end)
         self.stopped = True
-
-
-def kernel_peak_gb(pid: int) -> float:
-    """Return the peak memory of a process in GB (10^9 bytes); its memory now if no peak is kept."""
-    with contextlib.suppress(OSError):
-        peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-        return int(peak[1]) * 1024 / 1e9 if peak else 0.0
-    with contextlib.suppress(psutil.Error):
-        memory = psutil.Process(pid).memory_info()
-        return getattr(memory, "peak_wset", memory.rss) / 1e9
-    return 0.0
 
 
 def say(text: str) -> None:

@@ -71,7 +71,7 @@ class MergedLoraLinear(PeftLoraLinear):
 
     def merged_weight(self) -> Tensor:
         """Return W + s B A in the dtype of W, shape (out_features, in_features)."""
-        (name,) = self.active_adapters
+        name = self._adapter()
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         state = (a.data_ptr(), a._version, b.data_ptr(), b._version, _optimizer_steps)
         if self._made_from != state:
@@ -82,6 +82,19 @@ class MergedLoraLinear(PeftLoraLinear):
             self._made_from = state
         return self._merged
 
+    def _adapter(self) -> str:
+        """Return the name of the active adapter; a ValueError if there is not exactly one."""
+        if len(self.active_adapters) != 1:
+            raise ValueError(f"one adapter can be active at a time, not {self.active_adapters}")
+        return self.active_adapters[0]
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: the adapter is in the merged weight already, and would be counted twice."""
+        raise NotImplementedError(
+            "these layers merge their adapter by themselves; to deploy merged weights, load the "
+            "saved adapter into the plain model with peft and merge it there"
+        )
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the layer to `x`, shape (..., in_features); plain W while adapters are disabled."""
         base = self.get_base_layer()
@@ -89,7 +102,7 @@ class MergedLoraLinear(PeftLoraLinear):
             return F.linear(x, base.weight, base.bias)
         if not torch.is_grad_enabled():
             return F.linear(x, self.merged_weight(), base.bias)
-        (name,) = self.active_adapters
+        name = self._adapter()
         return _MergedLinear.apply(
             x,
             self.merged_weight(),

@@ -26,12 +26,15 @@ def bradley_terry_loss(
         A scalar.
     """
     loss = -F.logsigmoid(chosen - rejected - margin).mean()
-    return loss + center * (chosen + rejected).square().mean() if center else loss
+    return loss + center * squared_sum(chosen, rejected) if center else loss
 
 
-def scaled_bradley_terry_loss(
-    chosen: Tensor, rejected: Tensor, scale: Tensor, center: float = 0.0
-) -> Tensor:
+def squared_sum(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Mean of (chosen + rejected)^2, rewards of shape (pairs,); a scalar."""
+    return (chosen + rejected).square().mean()
+
+
+def scaled_bradley_terry_loss(chosen: Tensor, rejected: Tensor, scale: Tensor) -> Tensor:
     """Mean of -scale * log sigmoid(chosen - rejected): a pair counts as much as its rating gap.
 
     Wang et al. 2024 (HelpSteer2-Preference, arXiv 2410.01257, eq. 3). Where a margin asks for a
@@ -41,13 +44,11 @@ def scaled_bradley_terry_loss(
         chosen: rewards of the chosen responses, shape (pairs,).
         rejected: rewards of the rejected responses, shape (pairs,).
         scale: weight of each pair, shape (pairs,); only its proportions count.
-        center: as in `bradley_terry_loss`.
 
     Returns:
         A scalar.
     """
-    loss = -(scale * F.logsigmoid(chosen - rejected)).sum() / scale.sum()
-    return loss + center * (chosen + rejected).square().mean() if center else loss
+    return -(scale * F.logsigmoid(chosen - rejected)).sum() / scale.sum()
 
 
 def plackett_luce_loss(
@@ -119,22 +120,17 @@ def ties_half_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     return -(win + tie / 2).clamp_min(torch.finfo(win.dtype).tiny).log().mean()
 
 
-def anchored_loss(chosen: Tensor, rejected: Tensor, logits: Tensor, ratings: Tensor) -> Tensor:
-    """`rating_pair_loss` plus the cross-entropy of every response's distribution to its rating.
+def rating_cross_entropy(logits: Tensor, ratings: Tensor) -> Tensor:
+    """Mean cross-entropy of each response's distribution to its rating, a scalar.
 
-    The pairs say which response is better; the ratings pin down what a "7" is.
+    Pairs say which response is better; the ratings pin down what a "7" is.
 
     Args:
-        chosen: logits of the chosen responses, shape (pairs, classes).
-        rejected: logits of the rejected responses, shape (pairs, classes).
-        logits: logits of all responses, shape (rows, classes).
-        ratings: their ratings, rounded to the nearest class, shape (rows,).
-
-    Returns:
-        A scalar.
+        logits: shape (rows, classes).
+        ratings: rounded to the nearest class, shape (rows,).
     """
     given = ratings.round().long().clamp(1, logits.shape[-1]) - 1
-    return rating_pair_loss(chosen, rejected) + F.cross_entropy(logits.float(), given)
+    return F.cross_entropy(logits.float(), given)
 
 
 def soft_targets(ratings: Tensor, chosen: bool, classes: int = CLASSES, sd: float = 1.0) -> Tensor:

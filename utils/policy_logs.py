@@ -41,13 +41,28 @@ _PEAKS += ["judge_at_reward_max", "judge_last", "parted"]
 def training_logs(results: Path, *arms: str) -> dict[str, dict[int, pd.DataFrame]]:
     """Return the logs of each arm's runs, the folders `cpu-align_<arm>_s<seed>`, by seed.
 
+    Each has one more column, `max_grad_norm`, the limit that the run was trained with.
+
     Raises:
         ResultsError: naming a run that is not finished, or has another seed than its name says.
     """
+    limit = "reinforce.max_grad_norm"
     return {
-        arm: {seed: run.metrics() for seed, run in seed_runs(results, f"align_{arm}").items()}
+        arm: {
+            seed: run.metrics().assign(max_grad_norm=run.info["config"][limit])
+            for seed, run in seed_runs(results, f"align_{arm}").items()
+        }
         for arm in arms
     }
+
+
+def clipped_steps(log: pd.DataFrame, max_grad_norm: float | pd.Series) -> float:
+    """Return the share of a log's training steps whose gradient was longer than the limit.
+
+    A row without a `grad_norm`, that of step 0, is no training step; NaN if there is none.
+    """
+    steps = log["grad_norm"].notna()
+    return float((log["grad_norm"] > max_grad_norm)[steps].mean())
 
 
 def missing_logs(logs: Logs) -> list[str]:
@@ -105,7 +120,8 @@ def baseline_table(logs: Logs) -> pd.DataFrame:
         A row per run: arm, baseline, seed; `gain`, of the held-out reward from step 0 to the end;
         `half_step`, the first held-out step with half of the gain that the running mean has at its
         end, a mean over its seeds, blank if it is never reached; means over the steps of
-        `advantage_std`, `advantage_rms` and `grad_norm`.
+        `advantage_std`, `advantage_rms` and `grad_norm`, which is that before clipping; and
+        `clipped_steps`, the share of steps in which the gradient was clipped.
     """
     ends = [_gain(log).iloc[-1] for log in logs.get("scalar", {}).values()]
     half = np.mean(ends) / 2 if ends else math.nan
@@ -117,8 +133,10 @@ def baseline_table(logs: Logs) -> pd.DataFrame:
             row = {"arm": arm, "baseline": BASELINES[arm], "seed": seed, "gain": gain.iloc[-1]}
             row["half_step"] = reached[0] if len(reached) else math.nan
             log = log.assign(advantage_rms=np.hypot(log["advantage_std"], shift))
+            row["clipped_steps"] = clipped_steps(log, log["max_grad_norm"])
             rows.append(row | log[SIZES].mean().to_dict())
-    return pd.DataFrame(rows, columns=["arm", "baseline", "seed", "gain", "half_step", *SIZES])
+    columns = ["arm", "baseline", "seed", "gain", "half_step", *SIZES, "clipped_steps"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def readout_table(logs: Logs) -> pd.DataFrame:

@@ -100,8 +100,8 @@ def load_profile(
         name: a key of `PROFILES`, or the path of a JSON file that holds `{"profile": name}` of the
             profile to start from and the fields that differ; it is named after the file, and a
             relative path counts from the repository root. The environment variable REPORT_PROFILE,
-            when set, wins, so that one setting switches every notebook of a sequence; without
-            either, "quick".
+            when set, wins, so that one setting switches every notebook of a sequence (a command
+            line's --profile sets it); without either, "quick".
         overrides: `{"section.field": value}`, e.g. `{"reinforce.steps": 5, "seed": 1}`.
         seed: None leaves the profile's.
 

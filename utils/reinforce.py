@@ -100,7 +100,7 @@ def train_policy(
         measured = measure_step(policy, tokenizer, rollout, rewards, own, config)
         objective = measured.objective(config.beta)
         base = baseline.value(objective)
-        rate = config.learning_rate * min(1.0, step / config.warmup_steps)
+        rate = config.learning_rate * min(1.0, step / max(1, config.warmup_steps))
         row = EMPTY | {"step": step, "learning_rate": rate} | measured.metrics(objective, base)
         _check(row, config, run)
         row |= update.step(rollout, (objective - base)[list(own)], len(batch), rate)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import errno
+import glob
 import gzip
 import json
-import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from pathlib import Path
@@ -21,6 +22,9 @@ from utils.config import Profile, config_hash
 from utils.distributed import processes
 from utils.environment import ROOT, environment, peak_rss_gb
 from utils.glossary import GLOSSARY
+from utils.locks import hold, release
+
+ABANDONED = 3600.0  # seconds after which what a kill left half written is removed
 
 
 class ResultsError(RuntimeError):
@@ -35,21 +39,28 @@ def runs_dir(profile: Profile) -> Path:
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file or folder by calling `write` with a temporary path, then rename it.
 
-    The parent of `path` is made.
+    The parent of `path` is made. A file is replaced by one rename. A folder takes two, so that a
+    kill between them leaves the old one, whole, under a name that ends in ".old".
 
     Raises:
         ResultsError: if the disk is full; whatever was at `path` before is still there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    _remove(temporary)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):  # by a kill
+        if time.time() - left.stat().st_mtime > ABANDONED:
+            _remove(left)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    old = temporary.with_suffix(".old")
     try:
         write(temporary)
         if path.is_dir():
-            _remove(path)
-        os.replace(temporary, path)
-    except Exception as error:
+            path.replace(old)
+        temporary.replace(path)
+        _remove(old)
+    except BaseException as error:  # a Ctrl-C, too
         _remove(temporary)
+        if old.exists() and not path.exists():
+            old.replace(path)
         # safetensors and torch wrap the system's error in one of their own.
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise ResultsError(
@@ -121,8 +132,9 @@ class Run:
             write_json(self.directory / "run.json", self.info)
 
     def finish(self, **facts: Any) -> None:
-        """Mark the run as finished."""
+        """Mark the run as finished, and let other processes have its folder."""
         self.save(status="finished", **facts)
+        release(self.directory)
 
     def log(self, row: Mapping[str, float | int | None]) -> None:
         """Append one row to `metrics.csv`; blank where a value was not measured."""
@@ -184,39 +196,51 @@ def prepare(directory: Path, config: Mapping[str, Any]) -> str:
     """Decide what an artefact's folder is good for, and say so.
 
     A finished run is reused, and an unfinished one continued, only if its configuration is the one
-    asked for. Otherwise the fields that differ are printed and the old folder is set aside.
+    asked for. Otherwise the fields that differ are printed and the old folder is set aside. Unless
+    it is reused, the folder is this process's until `Run.finish`; of several processes of one
+    launch, the first one's.
 
     Returns:
         "reuse", "resume" or "new".
+
+    Raises:
+        FolderInUse: if another process writes into the folder.
     """
-    label = f"[{directory.name}]"
+    label, info, damage = f"[{directory.name}]", {}, None
     try:
         info = read_json(directory / "run.json")
         if not isinstance(info, dict) or not {"config", "config_hash", "started"} <= set(info):
             raise ResultsError("run.json is damaged: it does not describe a run")
     except ResultsError as error:
-        if (directory / "run.json").exists():
-            print(f"{label} {error}; set aside, starting anew")
-            _set_aside(directory, "damaged")
-        return "new"
-    if info["config_hash"] != config_hash(config):
+        damage = error
+    same = not damage and info["config_hash"] == config_hash(config)
+    if same and info["status"] == "finished":
+        release(directory)
+        print(f"{label} reuse: finished {info['started']}, config {info['config_hash']}")
+        return "reuse"
+    if processes().is_main_process and hold(directory):
+        return prepare(directory, config)  # as it is now that no other process can change it
+    if same:
+        print(f"{label} unfinished: going on from its last checkpoint")
+        return "resume"
+    if not damage:
         old = info["config"]
         for name in sorted({*old, *config}):
             if old.get(name) != config.get(name):
                 print(f"{label} {name}: was {old.get(name)!r}, now {config.get(name)!r}")
         print(f"{label} the configuration differs: kept aside, starting anew")
-        _set_aside(directory, info["config_hash"])
-        return "new"
-    if info["status"] == "finished":
-        print(f"{label} reuse: finished {info['started']}, config {info['config_hash']}")
-        return "reuse"
-    print(f"{label} unfinished: going on from its last checkpoint")
-    return "resume"
+        set_aside(directory, f"{directory.name}@{info['config_hash']}")
+    elif (directory / "run.json").exists():
+        print(f"{label} {damage}; set aside, starting anew")
+        set_aside(directory, f"{directory.name}@damaged")
+    return "new"
 
 
-def _set_aside(directory: Path, tag: str) -> None:
-    names = (f"{directory.name}@{tag}" + (f"-{n}" if n > 1 else "") for n in count(1))
-    os.replace(directory, next(p for p in map(directory.with_name, names) if not p.exists()))
+def set_aside(path: Path, name: str) -> Path:
+    """Rename a file or folder to `name`, or `name`-2 and so on if it is taken; return the path."""
+    names = (name + (f"-{n}" if n > 1 else "") for n in count(1))
+    free = next(p for p in map(path.with_name, names) if not p.exists())
+    return path.replace(free)
 
 
 def _remove(path: Path) -> None:

@@ -17,7 +17,7 @@ from utils.config import RewardConfig
 from utils.data import Group
 from utils.encodings import Encode, fits_training
 from utils.losses import pair_indices
-from utils.reward_losses import reward_loss
+from utils.reward_losses import loss_totals, reward_loss
 from utils.rewards import reward_from_logits
 from utils.weights import pad_right
 
@@ -61,7 +61,7 @@ class GroupRewardTrainer(RewardTrainer):
     four, for the same loss. It also accepts ten outputs, which trl's trainer refuses.
     """
 
-    loss_is_scaled_for_ga = True  # by `compute_loss`, which weighs a pass with its pairs
+    loss_is_scaled_for_ga = True  # by `compute_loss`: the losses of a step's passes add up
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class GroupRewardTrainer(RewardTrainer):
         model: PreTrainedModel | PeftModel,
         **kwargs: Any,
     ) -> None:
-        self.reward = reward
+        self.reward, self.outputs = reward, outputs
         # RewardTrainer insists on one label, only because its own compute_loss does.
         model.config.num_labels = 1
         # It also casts what is trained on 4-bit weights to bf16. An update of a few ten-thousandths
@@ -90,30 +90,29 @@ class GroupRewardTrainer(RewardTrainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Tensor]], int]:
-        """Return the batches of a step and the number of their pairs."""
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """Return the batches of a step and the sum of their `loss_totals`."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return batches, sum(len(pair_indices(b["ratings"], b["group"])[0]) for b in batches)
+        facts = [(b["ratings"], b["group"], b["reference"]) for b in batches]
+        return batches, sum(loss_totals(*fact, self.outputs, self.reward) for fact in facts)
 
     def compute_loss(
         self,
         model: PreTrainedModel | PeftModel,
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: int | None = None,
+        num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
         """Return the mean loss over all comparisons within the groups of the batch.
 
-        With `num_items_in_batch`, the pairs of the whole step, it is this batch's share in the
-        mean over those: however a step is cut into batches, the gradient of a pairwise loss is the
-        same, if references count like all others.
+        With `num_items_in_batch`, the `loss_totals` of the whole step, it is this batch's share in
+        the loss of the step, which is the same however its groups are cut into batches.
         """
         logits = self._logits(model, inputs["input_ids"], inputs["lengths"])
-        ratings = inputs["ratings"]
-        chosen, rejected = pair_indices(ratings, inputs["group"])
-        loss = reward_loss(logits, ratings, inputs["group"], inputs["reference"], self.reward)
-        if num_items_in_batch is not None:
-            loss = loss * (len(chosen) / num_items_in_batch)
+        ratings, group = inputs["ratings"], inputs["group"]
+        chosen, rejected = pair_indices(ratings, group)
+        totals = None if num_items_in_batch is None else num_items_in_batch.tolist()
+        loss = reward_loss(logits, ratings, group, inputs["reference"], self.reward, totals)
         reward = reward_from_logits(logits.detach())
         gap = reward[chosen] - reward[rejected]
         metrics = self._metrics["train" if model.training else "eval"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,18 +11,20 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
+from utils.checkpoints import Damaged, read_tensors, read_whole
 from utils.config import Profile, RewardConfig
 from utils.data import Group
 from utils.memory import BatchSize
 from utils.memory_plan import largest_divisor, reward_micro_groups
 from utils.models import compute_dtype, device
-from utils.results import Run, read_json
+from utils.results import Run, set_aside
 from utils.reward_trainer import GroupCollator, GroupRewardTrainer, pair_set, training_set
 from utils.rewards import KINDS, RewardModel
 
@@ -66,7 +68,7 @@ def train_reward_model(
     """Train a reward model and save it in the run's folder; goes on from a checkpoint if any.
 
     When memory runs out, training goes on from the last checkpoint with half the groups in a pass
-    and twice the passes in a step: the steps stay the same.
+    and twice the passes in a step: up to rounding, the steps stay the same.
 
     Args:
         kind: "scalar" or "ordinal"; the profile names the loss of each.
@@ -105,9 +107,8 @@ def _train(
     # The trainer has wrapped the model in autocast; a reward must not depend on whether the model
     # that gives it was trained or loaded by this process.
     trainer.accelerator.unwrap_model(reward_model.model, keep_fp32_wrapper=False)
-    if not reward.lora_r:  # trained in fp32, kept in the dtype in which it will be read
-        reward_model.model.to(compute_dtype(device()))
-        reward_model.model.score.float()
+    if not reward.lora_r:
+        reward_model.round()
     reward_model.model.eval()
     reward_model.save(run.directory)
     return reward_model
@@ -165,18 +166,37 @@ def _trainer_arguments(
 
 
 def _last_good_checkpoint(directory: Path) -> str | None:
-    """Return the newest complete checkpoint; one that a kill cut short is removed."""
+    """Return the newest complete checkpoint; a damaged one is set aside.
+
+    Raises:
+        ResultsError: if a checkpoint cannot be read, but is not known to be damaged.
+    """
     while directory.exists() and (last := get_last_checkpoint(directory)):
         try:
-            (weights,) = Path(last).glob("*model.safetensors")  # of an adapter, or of all weights
-            load_file(weights)
-            names = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
-            names += [path.name for path in Path(last).glob("scaler.pt")]  # in fp16 only
-            for name in names:
-                torch.load(Path(last) / name, weights_only=False)
-            read_json(Path(last) / "trainer_state.json")
+            _require_complete(Path(last))
             return last
-        except Exception as error:
-            print(f"[{directory.parent.name}] {Path(last).name} is incomplete, removed: {error}")
-        shutil.rmtree(last)
+        except Damaged as error:
+            # A name that starts with "checkpoint-" would count as an old one, which are deleted.
+            kept = set_aside(Path(last), f"damaged-{Path(last).name}")
+            print(f"[{directory.parent.name}] {Path(last).name}: {error}; set aside as {kept.name}")
     return None
+
+
+def _require_complete(checkpoint: Path) -> None:
+    """Read what the trainer reads when it goes on.
+
+    Raises:
+        Damaged: naming a file that is missing, cut short or changed.
+        ResultsError: naming one that cannot be read.
+    """
+    names = {path.name for path in checkpoint.iterdir()}
+    weights = names & {"adapter_model.safetensors", "model.safetensors"}
+    if len(weights) != 1:
+        raise Damaged("the weights are missing")
+    for name, read in ((*weights, load), ("trainer_state.json", json.loads)):
+        try:
+            read(read_whole(checkpoint / name))
+        except (SafetensorError, ValueError) as error:
+            raise Damaged(f"{name} is cut short or damaged: {error}") from error
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", *(names & {"scaler.pt"})):
+        read_tensors(checkpoint / name)

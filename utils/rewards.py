@@ -15,7 +15,7 @@ from utils.config import Profile, RewardConfig
 from utils.encodings import encoder
 from utils.losses import CLASSES, expected_rating
 from utils.memory import BatchSize
-from utils.models import device, load_reward_base
+from utils.models import compute_dtype, device, load_reward_base
 from utils.results import atomic_write
 from utils.weights import ModelError, load_tokenizer, pad_right
 
@@ -61,25 +61,35 @@ class RewardModel:
 
     @classmethod
     def load(cls, kind: str, profile: Profile, directory: Path) -> RewardModel:
-        """Load the adapter and head saved by `save`.
+        """Load what `save` wrote.
 
         Raises:
             ModelError: if the saved file is missing or cut short.
         """
         reward_model = cls.fresh(kind, profile)
-        path = directory / "adapter" / "adapter_model.safetensors"
+        adapted = profile.reward.lora_r > 0
+        name = "adapter_model.safetensors" if adapted else "model.safetensors"
         try:
-            state = load_file(path)
+            state = load_file(directory / "adapter" / name)
         except Exception as error:
             raise ModelError(
                 f"{directory.name}: the saved adapter cannot be read: {error}"
             ) from error
-        set_peft_model_state_dict(reward_model.model, state)
+        if adapted:
+            set_peft_model_state_dict(reward_model.model, state)
+        else:
+            reward_model.model.load_state_dict(state)
+            reward_model.round()
         return reward_model
 
     def save(self, directory: Path) -> None:
-        """Write adapter and head to `directory/adapter`, atomically."""
+        """Write adapter and head, or without an adapter all weights, to `directory/adapter`."""
         atomic_write(directory / "adapter", self.model.save_pretrained)
+
+    def round(self) -> None:
+        """Turn weights that were trained in full, in fp32, into the dtype they are read in."""
+        self.model.to(compute_dtype(device()))
+        self.model.score.float()
 
     @torch.no_grad()
     def logits(

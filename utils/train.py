@@ -22,6 +22,7 @@ from utils.config import ConfigError
 from utils.distributed import processes
 from utils.environment import quiet
 from utils.hub import HubError
+from utils.locks import FolderInUse
 from utils.memory import MemoryTooSmall
 from utils.pipeline import align_stage, reward_stage
 from utils.profiles import load_profile
@@ -32,8 +33,8 @@ from utils.sources import DataError
 from utils.weights import ModelError
 
 # Errors that speak to the user: a message is enough.
-EXPECTED = (ConfigError, DataError, HubError, MemoryTooSmall, ModelError, ResultsError)
-EXPECTED += (TrainingStopped,)
+EXPECTED = (ConfigError, DataError, FolderInUse, HubError, MemoryTooSmall, ModelError)
+EXPECTED += (ResultsError, TrainingStopped)
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -60,12 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("stage", choices=("reward", "align"))
     parser.add_argument("kind", choices=tuple(KINDS))
-    parser.add_argument("--profile", help="a profile or a JSON file (default: quick)")
+    parser.add_argument(
+        "--profile", help="a profile or a JSON file (default: that of REPORT_PROFILE, or quick)"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="replace one field"
     )
     options = parser.parse_args(arguments)
     quiet()
+    if options.profile:  # it wins over the environment
+        os.environ["REPORT_PROFILE"] = options.profile
     profile = load_profile(options.profile, dict(map(parse_setting, options.set)))
     with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
         if not processes().is_main_process:  # one process speaks for all

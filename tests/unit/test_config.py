@@ -6,9 +6,11 @@ import dataclasses
 
 import pytest
 
+from utils import train
 from utils.config import (
     ConfigError,
     DataConfig,
+    Profile,
     ReinforceConfig,
     config_hash,
     flatten,
@@ -85,6 +87,21 @@ def test_the_environment_wins_over_the_argument(monkeypatch: pytest.MonkeyPatch)
     assert load_profile("cpu").name == "cpu"
 
 
+def test_the_command_line_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("REPORT_PROFILE", "cpu")
+    made = []
+
+    def stage(kind: str, profile: Profile):
+        made.append(profile.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "reward_stage", stage)
+    for options in ([], ["--profile", "smoke"]):
+        with pytest.raises(KeyboardInterrupt):
+            train.main(["reward", "scalar", *options])
+    assert made == ["cpu", "smoke"]
+
+
 def test_the_hash_is_stable_and_sensitive():
     fields = flatten(PROFILES["quick"])
     reordered = dict(reversed(fields.items()))
@@ -113,6 +130,14 @@ def test_rloo_needs_two_samples_per_prompt():
         ("reinforce.baseline", "mean"),
         ("reinforce.temperature", 0.0),
         ("reinforce.steps", 0),
+        ("reinforce.prompts_per_step", 0),
+        ("reinforce.num_generations", 0),
+        ("reinforce.eval_steps", 0),
+        ("reinforce.save_steps", 0),
+        ("reinforce.warmup_steps", -1),
+        ("reward.save_steps", 0),
+        ("reward.groups_per_step", 0),
+        ("reward.warmup_ratio", 1.5),
         ("reinforce.min_distinct_2", -0.1),
         ("reinforce.min_distinct_2", 1.5),
         ("reinforce.kl_budget", 0.0),

@@ -164,3 +164,28 @@ def test_a_saved_adapter_is_plain_lora_to_others(tmp_path):
     other = PeftModel.from_pretrained(Body(), tmp_path)
     assert type(other.base_model.model.first) is PeftLoraLinear
     torch.testing.assert_close(other(inputs()), merged(inputs()))
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_merging_is_refused_and_changes_nothing(merge):
+    """It would count the adapter twice, and leave it in when it is disabled."""
+    merged, stock = both()
+    with pytest.raises(NotImplementedError, match="merge their adapter by themselves"):
+        getattr(merged, merge)()
+    torch.testing.assert_close(merged(inputs()), stock(inputs()))
+    with merged.disable_adapter():
+        assert torch.equal(
+            merged(inputs()),
+            stock.base_model.model.second.base_layer(
+                torch.tanh(stock.base_model.model.first.base_layer(inputs()))
+            ),
+        )
+
+
+def test_two_active_adapters_are_refused():
+    merged, _ = both()
+    merged.add_adapter("second", merged_lora(lora_config()))
+    merged.base_model.set_adapter(["default", "second"])
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="one adapter can be"):
+            merged(inputs())

@@ -85,11 +85,12 @@ def forbid(monkeypatch, *names):
 def test_the_last_stage_makes_those_before_it(built):
     folder = built / "runs" / "smoke"
     stages = {"reward_scalar", "sft_training_prompts", "align_scalar"}
-    assert {path.name for path in folder.iterdir()} == stages
+    assert {path.name for path in folder.glob("[!.]*")} == stages
     infos = {name: read_json(folder / name / "run.json") for name in stages}
     assert {info["status"] for info in infos.values()} == {"finished"}
     assert {"accuracy", "nll"} <= set(infos["reward_scalar"]["metrics"])
     assert infos["align_scalar"]["reward_std"] > 0
+    assert 0 <= infos["align_scalar"]["clipped_steps"] <= 1
     assert len(pd.read_csv(folder / "align_scalar" / "metrics.csv")) == 4
 
 

@@ -6,10 +6,12 @@ import pandas as pd
 import pytest
 
 from utils import policy_logs
+from utils.environment import RESULTS
 from utils.policy_arms import ARMS, READOUTS, SETTINGS, policy_profile, settings_table
 from utils.policy_logs import (
     average_table,
     baseline_table,
+    clipped_steps,
     frontier_table,
     missing_logs,
     missing_trials,
@@ -28,7 +30,8 @@ from utils.profiles import with_fields
 from utils.published_runs import seed_runs
 from utils.results import ResultsError, append_csv, write_json
 
-RUN = {"status": "finished", "seed": 0, "config": {}, "data_fingerprint": "f" * 16, "seconds": 9.0}
+LIMIT = {"reinforce.max_grad_norm": 10.0}
+RUN = {"status": "finished", "seed": 0, "config": LIMIT, "data_fingerprint": "f" * 16, "seconds": 9}
 
 
 def curve(rewards, judges, **columns):
@@ -42,7 +45,7 @@ def curve(rewards, judges, **columns):
         training = {"reward": 9.0, "kl": 7.0, **sizes, **columns}
         rows.append({"step": 2 * place, **dict.fromkeys(training), **measured})
         rows.append({"step": 2 * place + 1, **training, **dict.fromkeys(measured)})
-    return pd.DataFrame(rows).astype(float)
+    return pd.DataFrame(rows).assign(max_grad_norm=10.0).astype(float)
 
 
 def write_run(results, name, log=None, **changes):
@@ -62,6 +65,7 @@ def test_logs_by_arm_and_seed(tmp_path):
     logs = training_logs(tmp_path, "scalar", "ordinal")
     assert {arm: [*own] for arm, own in logs.items()} == {"scalar": [2, 10], "ordinal": []}
     assert logs["scalar"][10]["eval_reward"].max() == 10
+    assert set(logs["scalar"][10]["max_grad_norm"]) == {10.0}
     scalar, ordinal = ARMS["scalar"].label, ARMS["ordinal"].label
     assert missing_logs(logs) == [f"{scalar}, seed 0, 1", f"{ordinal}, seed 0, 1, 2"]
     assert missing_logs(training_logs(tmp_path, "scalar_ema")) == []
@@ -161,6 +165,22 @@ def test_baselines():
     assert alone["half_step"].isna().all()
     lost = {"scalar": {0: curve([1.0, 0], [0, 0])}}
     assert baseline_table(lost)["half_step"].isna().all(), "there is no half of a loss"
+
+
+def test_the_share_of_clipped_steps():
+    """Of the training steps alone: two rows in three, not two in four."""
+    log = pd.DataFrame({"step": range(4), "grad_norm": [None, 0.5, 1.1, 9.0]})
+    assert clipped_steps(log, 1.0) == pytest.approx(2 / 3)
+    assert clipped_steps(log, 9.0) == 0, "at the limit nothing is clipped"
+    assert math.isnan(clipped_steps(log.head(1), 1.0))
+    assert baseline_table(baselines())["clipped_steps"].tolist() == [0, 0, 0, 1]
+
+
+def test_every_published_step_was_clipped():
+    logs = training_logs(RESULTS, *ARMS)
+    shares = [clipped_steps(f, f["max_grad_norm"]) for own in logs.values() for f in own.values()]
+    assert len(shares) >= 9
+    assert set(shares) == {1.0}
 
 
 def test_baselines_in_words():

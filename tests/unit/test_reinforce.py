@@ -1,6 +1,7 @@
 """The training loop: one step by hand, what it logs, what stops it, and surviving kills."""
 
 import dataclasses
+import errno
 import math
 import os
 import random
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -304,6 +306,13 @@ def stop_at(step):
     return monitor
 
 
+@pytest.mark.parametrize(("warmup", "rates"), [(0, [1, 1, 1]), (2, [0.5, 1, 1])])
+def test_warm_up(tmp_path, warmup, rates):
+    _, run = train(tmp_path / "align", steps=3, warmup_steps=warmup)
+    found = run.metrics()["learning_rate"].iloc[1:] / CONFIG.learning_rate
+    assert found.tolist() == pytest.approx(rates)
+
+
 def test_the_seed_decides_the_run(tmp_path, unbroken):
     assert_same_rows(train(tmp_path / "same")[1], unbroken[1])
     _, other = train(tmp_path / "other", seed=1)
@@ -377,10 +386,13 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     killed, tmp_path, unbroken, capsys, keep
 ):
     shutil.copytree(killed, tmp_path / "align")
-    cut(tmp_path / "align" / "checkpoints" / "step-000004.pt", keep)
+    path = tmp_path / "align" / "checkpoints" / "step-000004.pt"
+    cut(path, keep)
+    content = path.read_bytes()
     _, run = train(tmp_path / "align")
     printed = capsys.readouterr().out
-    assert "[align] step-000004.pt is damaged and was removed" in printed
+    assert "set aside as damaged-step-000004.pt" in printed
+    assert path.with_name("damaged-step-000004.pt").read_bytes() == content
     assert "[align] goes on after step 2" in printed
     assert_same_rows(run, unbroken[1])
 
@@ -389,6 +401,50 @@ def test_without_a_readable_checkpoint_the_run_starts_anew(killed, tmp_path, unb
     shutil.copytree(killed, tmp_path / "align")
     for path in (tmp_path / "align" / "checkpoints").glob("step-*"):
         cut(path, 0.3)
+    assert_same_rows(train(tmp_path / "align")[1], unbroken[1])
+
+
+def test_a_byte_that_changed_is_damage(killed, tmp_path, capsys):
+    """Torch itself does not look at the checksums."""
+    shutil.copytree(killed, tmp_path / "align")
+    path = tmp_path / "align" / "checkpoints" / "step-000004.pt"
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        tensor = next(entry for entry in archive.infolist() if "/data/" in entry.filename)
+        content[content.index(archive.read(tensor))] ^= 1  # and not the padding between
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)
+    train(tmp_path / "align")
+    assert "the checksum of " in capsys.readouterr().out
+
+
+class Unreadable(dict):
+    """A type that is not read from a checkpoint: of another version, or made to run code."""
+
+
+@pytest.mark.parametrize("kind", ["disk", "type"])
+def test_a_checkpoint_that_is_not_damaged_stays(killed, tmp_path, monkeypatch, unbroken, kind):
+    shutil.copytree(killed, tmp_path / "align")
+    path = tmp_path / "align" / "checkpoints" / "step-000004.pt"
+    content, read = path.read_bytes(), Path.read_bytes
+
+    def fail(path):
+        if path.name == "step-000004.pt":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    if kind == "disk":
+        monkeypatch.setattr(Path, "read_bytes", fail)
+    else:
+        torch.save(Unreadable(torch.load(path)), path)
+    message = "checkpoints/step-000004.pt was not read, and left as it is: "
+    with pytest.raises(ResultsError, match=message):
+        train(tmp_path / "align")
+    with pytest.raises(ResultsError, match=message):
+        load_adapter(tmp_path / "align", quick_policy())
+    monkeypatch.undo()
+    assert path.exists()
+    path.write_bytes(content)
     assert_same_rows(train(tmp_path / "align")[1], unbroken[1])
 
 
@@ -402,7 +458,7 @@ def test_the_last_adapter_is_loaded_for_evaluation(unbroken, tmp_path):
         path = tmp_path / "align" / "checkpoints" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        with pytest.raises(ResultsError, match=f"{name} cannot be read; remove the folder align"):
+        with pytest.raises(ResultsError, match=f"{name} is cut short .*; remove the folder align"):
             load_adapter(tmp_path / "align", policy)
 
 

@@ -3,6 +3,8 @@
 import errno
 import gzip
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -73,19 +75,57 @@ def test_another_error_is_not_called_a_full_disk(tmp_path):
         atomic_write(tmp_path / "run.json", refuse)
 
 
-def test_a_kill_leaves_the_old_file_and_the_next_write_tidies_up(tmp_path):
-    def killed(path):
+def test_an_interrupt_leaves_the_old_file_and_nothing_else(tmp_path):
+    def interrupted(path):
         path.write_text("half of")
         raise KeyboardInterrupt
 
     path = tmp_path / "deep" / "run.json"
     write_json(path, {"a": 1})
     with pytest.raises(KeyboardInterrupt):
-        atomic_write(path, killed)
+        atomic_write(path, interrupted)
     assert read_json(path) == {"a": 1}
-    write_json(path, {"a": 2})
-    assert read_json(path) == {"a": 2}
     assert [p.name for p in path.parent.iterdir()] == ["run.json"]
+
+
+def test_what_a_kill_left_is_removed_when_it_is_old(tmp_path):
+    old, new = (tmp_path / f".run.json.{name}.partial" for name in ("0a", "1b"))
+    other = tmp_path / ".metrics.csv.0a.partial"
+    for path in (old, new, other):
+        path.write_text("half of")
+    os.utime(old, (0, 0))
+    os.utime(other, (0, 0))
+    write_json(tmp_path / "run.json", {"a": 2})
+    assert set(tmp_path.iterdir()) == {tmp_path / "run.json", new, other}, (
+        "one may be being written"
+    )
+
+
+def test_two_that_write_at_once_do_not_share_a_temporary_file(tmp_path):
+    def write(path):
+        path.write_text("first")
+        write_json(tmp_path / "run.json", "second")
+        assert path.read_text() == "first"
+
+    atomic_write(tmp_path / "run.json", write)
+    assert (tmp_path / "run.json").read_text() == "first"
+
+
+def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path, monkeypatch):
+    path, replace = tmp_path / "adapter", Path.replace
+    path.mkdir()
+    (path / "weights").write_text("old")
+
+    def refuse(source, target):
+        if source.suffix == ".partial":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(PermissionError):
+        atomic_write(path, lambda p: p.mkdir())
+    assert (path / "weights").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_a_folder_is_replaced_whole(tmp_path):
@@ -97,6 +137,7 @@ def test_a_folder_is_replaced_whole(tmp_path):
 
         atomic_write(tmp_path / "adapter", write)
     assert [p.name for p in (tmp_path / "adapter").iterdir()] == ["second"]
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 
 # Reading
@@ -254,7 +295,7 @@ def test_nothing_that_was_set_aside_is_deleted(tmp_path):
     for number, config in enumerate((CONFIG, {"seed": 1}, CONFIG, {"seed": 1}, CONFIG)):
         assert prepare(directory, config) == "new"
         start(directory, config).finish(number=number)
-    numbers = {read_json(p / "run.json")["number"] for p in tmp_path.iterdir()}
+    numbers = {read_json(p / "run.json")["number"] for p in tmp_path.glob("[!.]*")}
     assert numbers == {0, 1, 2, 3, 4}
 
 

@@ -13,21 +13,22 @@ from torch.nn import functional as F
 from utils.config import REWARD_CHOICES, ConfigError, RewardConfig
 from utils.losses import (
     CLASSES,
-    anchored_loss,
     bradley_terry_loss,
     outcome_probabilities,
     pair_indices,
     plackett_luce_loss,
+    rating_cross_entropy,
     rating_pair_loss,
     scaled_bradley_terry_loss,
     soft_class_loss,
     soft_targets,
     ties_half_loss,
 )
-from utils.reward_losses import reward_loss
+from utils.reward_losses import loss_totals, reward_loss
 
 ONE = torch.zeros(2, dtype=torch.long)
 REWARD = st.floats(-5, 5, width=32)
+SAMPLES, ANCHORED = torch.zeros(3, dtype=torch.bool), {"ordinal_loss": "anchored"}
 
 
 def one_group(rows):
@@ -50,8 +51,8 @@ def test_scaled_by_hand():
 
 def test_scaled_with_equal_scales_is_bradley_terry():
     chosen, rejected = torch.randn(7), torch.randn(7)
-    found = scaled_bradley_terry_loss(chosen, rejected, torch.full((7,), 2.5), 0.1)
-    torch.testing.assert_close(found, bradley_terry_loss(chosen, rejected, 0.0, 0.1))
+    found = scaled_bradley_terry_loss(chosen, rejected, torch.full((7,), 2.5))
+    torch.testing.assert_close(found, bradley_terry_loss(chosen, rejected))
 
 
 # Plackett-Luce
@@ -122,8 +123,11 @@ def test_anchored_adds_the_cross_entropy_of_every_response_once():
     logits, ratings = torch.randn(3, CLASSES), torch.tensor([10.0, 1.0, 4.4])
     first, second = pair_indices(ratings, one_group(3))
     given_class = torch.tensor([9, 0, 3])
+    torch.testing.assert_close(
+        rating_cross_entropy(logits, ratings), F.cross_entropy(logits, given_class)
+    )
     right = rating_pair_loss(logits[first], logits[second]) + F.cross_entropy(logits, given_class)
-    found = anchored_loss(logits[first], logits[second], logits, ratings)
+    found = reward_loss(logits, ratings, one_group(3), SAMPLES, RewardConfig(**ANCHORED))
     torch.testing.assert_close(found, right)
     shifted = F.cross_entropy(logits, (given_class + 1).clamp(max=9))
     assert abs(found - rating_pair_loss(logits[first], logits[second]) - shifted) > 1e-3
@@ -199,6 +203,71 @@ def test_references_count_as_much_as_their_weight(loss):
     only = torch.tensor([True, False, False, True])
     ratings[1] = ratings[2]
     torch.testing.assert_close(pays(0.25, only), 0.25 * pays(1.0, only))
+
+
+# A step of four groups, cut into batches: group, rating, reference. Ratings tie, groups have two to
+# five rows, the second has no pair of samples, the third no reference.
+STEP = [
+    *((0, 3.0, False), (0, 7.0, False), (0, 7.0, False), (0, 9.0, True)),
+    *((1, 2.0, False), (1, 8.0, True)),
+    *((2, 1.0, False), (2, 4.0, False), (2, 10.0, False)),
+    *((3, 5.0, False), (3, 5.0, True), (3, 6.0, False), (3, 2.0, False), (3, 2.0, False)),
+]
+LOSSES = [(1, "scalar_loss", name) for name in REWARD_CHOICES["scalar_loss"]]
+LOSSES += [(CLASSES, "ordinal_loss", name) for name in REWARD_CHOICES["ordinal_loss"]]
+
+
+def step_in_batches(logits, groups, reward):
+    """Return the loss of `STEP` as a sum over batches of so many groups, and its gradient."""
+    group, ratings, reference = (torch.tensor(column) for column in zip(*STEP, strict=True))
+    logits = logits.clone().requires_grad_()
+    cuts = [(group // groups) == n for n in range(4 // groups)]
+    facts = [(ratings[cut], group[cut], reference[cut]) for cut in cuts]
+    totals = sum(loss_totals(*fact, logits.shape[1], reward) for fact in facts).tolist()
+    losses = [
+        reward_loss(logits[cut], *fact, reward, totals)
+        for cut, fact in zip(cuts, facts, strict=True)
+    ]
+    for loss in losses:
+        loss.backward()
+    return sum(losses).item(), logits.grad
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.3, 0.0])
+@pytest.mark.parametrize(("outputs", "field", "name"), LOSSES, ids=[loss[2] for loss in LOSSES])
+def test_a_step_is_the_same_however_it_is_cut_into_batches(outputs, field, name, weight):
+    logits = torch.randn(len(STEP), outputs, generator=torch.Generator().manual_seed(0))
+    reward = RewardConfig(**{field: name}, reference_weight=weight)
+    whole, gradient = step_in_batches(logits, 4, reward)
+    group, ratings, reference = (torch.tensor(column) for column in zip(*STEP, strict=True))
+    assert whole == reward_loss(logits, ratings, group, reference, reward).item(), "bit for bit"
+    for groups in (2, 1):
+        loss, grad = step_in_batches(logits, groups, reward)
+        assert loss == pytest.approx(whole, rel=1e-6)
+        torch.testing.assert_close(grad, gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "weight"),
+    [
+        ("scalar_loss", "bradley_terry", 0.3),
+        ("scalar_loss", "plackett_luce", 1.0),
+        ("scalar_loss", "scaled_bradley_terry", 1.0),
+        ("ordinal_loss", "anchored", 1.0),
+    ],
+)
+def test_a_batch_weighed_by_its_pairs_changes_the_step(field, name, weight):
+    outputs = 1 if field == "scalar_loss" else CLASSES
+    logits = torch.randn(len(STEP), outputs, generator=torch.Generator().manual_seed(0))
+    reward = RewardConfig(**{field: name}, reference_weight=weight)
+    whole, _ = step_in_batches(logits, 4, reward)
+    group, ratings, reference = (torch.tensor(column) for column in zip(*STEP, strict=True))
+    pairs, losses = [], []
+    for cut in (group == n for n in range(4)):
+        pairs.append(len(pair_indices(ratings[cut], group[cut])[0]))
+        losses.append(reward_loss(logits[cut], ratings[cut], group[cut], reference[cut], reward))
+    wrong = sum(n * loss.item() for n, loss in zip(pairs, losses, strict=True)) / sum(pairs)
+    assert abs(wrong - whole) > 1e-3
 
 
 def test_trl_knows_no_weight_of_references():

@@ -1,8 +1,12 @@
 """Reward models: scoring, training on groups, and surviving kills and bad numbers."""
 
 import dataclasses
+import errno
+import os
+import pickle
 import shutil
 import weakref
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -18,7 +22,7 @@ from utils.data import Group, Response
 from utils.encodings import encoder
 from utils.losses import expected_rating
 from utils.profiles import PROFILES
-from utils.results import Run
+from utils.results import ResultsError, Run
 from utils.reward_trainer import GroupCollator, GroupRewardTrainer, pair_set, training_set
 from utils.reward_training import train_reward_model
 from utils.rewards import RewardModel, reward_from_logits
@@ -395,6 +399,29 @@ def test_training_moves_adapters_and_head_alone(run, kind, capsys):
     assert not torch.allclose(fresh.logits(*rows()), trained.logits(*rows()))
 
 
+@pytest.mark.parametrize("kind", ["scalar", "ordinal"])
+def test_weights_trained_in_full_are_saved_and_loaded(kind, run):
+    """In bf16, as they are read: what was trained in fp32 is rounded once, not at each load."""
+    profile = dataclasses.replace(
+        PROFILE,
+        model=dataclasses.replace(PROFILE.model, quantization="none"),
+        reward=dataclasses.replace(REWARD, lora_r=0),
+    )
+    trained = train_reward_model(kind, profile, GROUPS, run)
+    loaded = RewardModel.load(kind, profile, run.directory)
+    assert torch.equal(loaded.logits(*rows()), trained.logits(*rows()))
+    dtypes = [{n: p.dtype for n, p in m.model.named_parameters()} for m in (loaded, trained)]
+    assert dtypes[0] == dtypes[1]
+    assert dtypes[0]["score.weight"] == torch.float32
+    fresh = RewardModel.fresh(kind, profile)
+    assert not torch.allclose(fresh.logits(*rows()), trained.logits(*rows()))
+    last = reward_training._last_good_checkpoint(run.directory / "checkpoints")
+    assert last.endswith(f"-{STEPS}"), "a killed run would not go on"
+    (run.directory / "adapter" / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"^rm: the saved adapter cannot be read"):
+        RewardModel.load(kind, profile, run.directory)
+
+
 def test_training_learns(pinned, run):
     profile = dataclasses.replace(PROFILE, reward=dataclasses.replace(REWARD, epochs=2.0))
     train_reward_model("ordinal", profile, GROUPS, run)
@@ -505,8 +532,9 @@ def killed(killed_folder, tmp_path):
 
 @pytest.mark.parametrize(("cut_short", "steps"), [(False, [3, 4]), (True, [2, 3, 4])])
 def test_a_killed_run_gives_the_same_rows(killed, unbroken, monkeypatch, cut_short, steps):
+    folder = killed.directory / "checkpoints"
     if cut_short:
-        path = killed.directory / "checkpoints" / "checkpoint-2" / "adapter_model.safetensors"
+        path = folder / "checkpoint-2" / "adapter_model.safetensors"
         path.write_bytes(path.read_bytes()[:100])
     run, expected = unbroken
     log, logged = Run.log, []
@@ -517,6 +545,8 @@ def test_a_killed_run_gives_the_same_rows(killed, unbroken, monkeypatch, cut_sho
     found, whole = (r.metrics().drop(columns="seconds") for r in (killed, run))
     assert found.equals(whole), "a resumed run differs from an unbroken one"
     assert torch.equal(resumed.logits(*rows()), expected.logits(*rows()))
+    left = ["checkpoint-3", "checkpoint-4", *["damaged-checkpoint-2"] * cut_short]
+    assert sorted(path.name for path in folder.iterdir()) == left, "old ones go, damaged ones stay"
 
 
 CHECKPOINT_FILES = (
@@ -526,17 +556,72 @@ CHECKPOINT_FILES = (
 
 @pytest.mark.parametrize("name", CHECKPOINT_FILES.split())
 @pytest.mark.parametrize("keep", [0.0, 0.5, None])
-def test_a_checkpoint_cut_short_is_removed(killed, capsys, name, keep):
+def test_a_checkpoint_cut_short_is_set_aside(killed, capsys, name, keep):
     folder = killed.directory / "checkpoints"
     path = folder / "checkpoint-2" / name
     content = path.read_bytes()
     path.unlink()
     if keep is not None:
         path.write_bytes(content[: int(len(content) * keep)])
+    left = {p.name: p.read_bytes() for p in path.parent.iterdir()}
     last = reward_training._last_good_checkpoint(folder)
     assert last == str(folder / "checkpoint-1")
-    assert "[rm] checkpoint-2 is incomplete, removed" in capsys.readouterr().out
+    assert "set aside as damaged-checkpoint-2" in capsys.readouterr().out
     assert not (folder / "checkpoint-2").exists()
+    aside = folder / "damaged-checkpoint-2"
+    assert {p.name: p.read_bytes() for p in aside.iterdir()} == left, "its bytes are kept"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("name", CHECKPOINT_FILES.split())
+def test_a_disk_that_does_not_answer_costs_no_checkpoint(killed, monkeypatch, name, number):
+    folder, read = killed.directory / "checkpoints", Path.read_bytes
+
+    def fail(path):
+        if path.name == name:
+            raise OSError(number, os.strerror(number))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(ResultsError, match=f"checkpoint-2/{name} was not read, and left as it is"):
+        reward_training._last_good_checkpoint(folder)
+    monkeypatch.undo()
+    assert reward_training._last_good_checkpoint(folder) == str(folder / "checkpoint-2")
+
+
+class Malicious:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_no_pickle_of_a_checkpoint_is_run(killed, tmp_path, monkeypatch, name):
+    path = killed.directory / "checkpoints" / "checkpoint-2" / name
+    state = torch.load(path, weights_only=False)
+    torch.save({**state, "more": Malicious(tmp_path / "made")}, path)
+    with pytest.raises(ResultsError, match=f"{name} was not read, and left as it is"):
+        train_reward_model("scalar", PROFILE, GROUPS, killed)
+    # Nor does the trainer itself run it.
+    monkeypatch.setattr(reward_training, "_last_good_checkpoint", lambda _: str(path.parent))
+    with pytest.raises(pickle.UnpicklingError):
+        train_reward_model("scalar", PROFILE, GROUPS, killed)
+    assert not (tmp_path / "made").exists()
+    torch.load(path, weights_only=False)["more"].close()
+    assert (tmp_path / "made").exists(), "it would have been run"
+
+
+def test_a_bare_pickle_is_no_checkpoint(killed, tmp_path):
+    folder = killed.directory / "checkpoints"
+    (folder / "checkpoint-2" / "optimizer.pt").write_bytes(
+        pickle.dumps(Malicious(tmp_path / "made"))
+    )
+    assert reward_training._last_good_checkpoint(folder) == str(folder / "checkpoint-1")
+    assert not (tmp_path / "made").exists()
 
 
 def test_no_checkpoint_at_all(tmp_path):
