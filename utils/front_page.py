@@ -10,6 +10,7 @@ import pandas as pd
 
 from utils.environment import RESULTS
 from utils.policy_look import in_order, label
+from utils.policy_runs import rewards_of
 from utils.readings import PICKED
 from utils.results import GLOSSARY, read_json
 from utils.wording import with_interval
@@ -89,10 +90,10 @@ def _policy_table(results: Path) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for policy in in_order(name for name in table.index if not name.endswith("greedy")):
-        row, reward = table.loc[policy], policy.partition("_")[0]
-        arm, control = row["group"] == "arm", row["group"] == "control"
+        row, own = table.loc[policy], rewards_of(policy).get("own", "").removeprefix("reward_")
+        arm = row["group"] == "arm"
         cells = [f"{row['seeds']}" if arm else ""]
-        cells += ["" if control else with_interval(row, f"gain_{reward}")]
+        cells += [with_interval(row, f"gain_{own}") if own else ""]
         cells += [with_interval(row, "gain_judge"), f"{row['win_rate']:.0%}"]
         cells += _blind_cells(blind, f"{policy}_s0" if arm else policy)
         cells += ["" if pd.isna(row["kl"]) else f"{row['kl']:.1f}", f"{row['length']:.0f}"]

@@ -72,6 +72,8 @@ class GroupRewardTrainer(RewardTrainer):
         **kwargs: Any,
     ) -> None:
         self.reward, self.outputs = reward, outputs
+        self.pairs: list[tuple[float, float]] = []  # of a step: is it right, its reward gap
+        kwargs["args"].remove_unused_columns = False  # the forward pass names none of a group's
         # RewardTrainer insists on one label, only because its own compute_loss does.
         model.config.num_labels = 1
         # It also casts what is trained on 4-bit weights to bf16. An update of a few ten-thousandths
@@ -83,10 +85,8 @@ class GroupRewardTrainer(RewardTrainer):
         model.config.num_labels = outputs
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
-        return dataset  # tokenised by `training_set`
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["ids", "ratings", "reference"]
+        """Leave the dataset to `training_set`; trl has no public way to skip its tokenisation."""
+        return dataset
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -115,11 +115,16 @@ class GroupRewardTrainer(RewardTrainer):
         loss = reward_loss(logits, ratings, group, inputs["reference"], self.reward, totals)
         reward = reward_from_logits(logits.detach())
         gap = reward[chosen] - reward[rejected]
-        metrics = self._metrics["train" if model.training else "eval"]
-        # Once for each pair, since the trainer takes the mean over all entries of a step.
-        metrics["accuracy"] += [(gap > 0).float().mean().item()] * len(gap)
-        metrics["reward_gap"] += [gap.mean().item()] * len(gap)
+        self.pairs += zip((gap > 0).float().tolist(), gap.tolist(), strict=True)
         return (loss, logits) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log `accuracy` and `reward_gap` too, the means over the pairs since the last time."""
+        if self.pairs:
+            means = torch.tensor(self.pairs).mean(0).tolist()
+            logs |= dict(zip(("accuracy", "reward_gap"), means, strict=True))
+            self.pairs.clear()
+        super().log(logs, start_time)
 
     @staticmethod
     def _logits(model: PreTrainedModel | PeftModel, input_ids: Tensor, lengths: Tensor) -> Tensor:
