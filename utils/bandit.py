@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from utils.estimator import Baseline, reinforce_loss
+from utils.estimator import BASELINES, reinforce_loss
 
 
 def train_bandit(
@@ -17,11 +17,11 @@ def train_bandit(
     noise: float = 0.5,
     seed: int = 0,
 ) -> list[float]:
-    """Train softmax(theta) over arms with `reinforce_loss` and a `Baseline`.
+    """Train softmax(theta) over arms with `reinforce_loss` and a baseline.
 
     Args:
         means: mean reward of each arm, shape (arms,).
-        baseline: one of "none", "running_mean", "ema", "window", "batch_mean".
+        baseline: one of "none", "running_mean", "ema".
         steps: gradient steps.
         batch: pulls per step.
         learning_rate: of plain gradient descent.
@@ -33,13 +33,14 @@ def train_bandit(
     """
     generator = torch.Generator().manual_seed(seed)
     theta = torch.zeros_like(means, requires_grad=True)
-    state = Baseline(baseline)
+    state = BASELINES[baseline]()
     curve = [float(means.mean())]
     for _ in range(steps):
         log_policy = theta.log_softmax(-1)
         arms = torch.multinomial(log_policy.exp(), batch, replacement=True, generator=generator)
         rewards = means[arms] + noise * torch.randn(batch, generator=generator)
-        loss = reinforce_loss(rewards - state.value(rewards), log_policy[arms])
+        advantage = rewards - state.value(rewards)
+        loss = reinforce_loss(advantage, log_policy[arms])
         (gradient,) = torch.autograd.grad(loss, theta)
         with torch.no_grad():
             theta -= learning_rate * gradient

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers.trainer_pt_utils import safe_globals
 
 from utils.environment import ROOT
-from utils.estimator import Baseline
+from utils.estimator import NoBaseline
 from utils.results import ResultsError, atomic_write, set_aside
 
 KEPT = 2
@@ -86,14 +85,14 @@ def save_checkpoint(
     step: int,
     policy: PeftModel,
     optimizer: torch.optim.Optimizer,
-    baseline: Baseline,
+    baseline: NoBaseline,
 ) -> None:
     """Write `checkpoints/step-NNNNNN.pt` in `directory`, atomically, and keep the last two."""
     state = {
         "step": step,
         "adapter": get_peft_model_state_dict(policy),
         "optimizer": optimizer.state_dict(),
-        "baseline": asdict(baseline) | {"recent": list(baseline.recent)},
+        "baseline": baseline.state_dict(),
     }
     atomic_write(_folder(directory) / f"step-{step:06d}.pt", lambda path: torch.save(state, path))
     for old in _all(directory)[:-KEPT]:
@@ -101,7 +100,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    directory: Path, policy: PeftModel, optimizer: torch.optim.Optimizer, baseline: Baseline
+    directory: Path, policy: PeftModel, optimizer: torch.optim.Optimizer, baseline: NoBaseline
 ) -> int:
     """Restore the newest sound checkpoint in place and return its step; 0 if there is none.
 
@@ -120,8 +119,7 @@ def load_checkpoint(
             continue
         set_peft_model_state_dict(policy, state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
-        for name, value in state["baseline"].items():
-            setattr(baseline, name, type(baseline.recent)(value) if name == "recent" else value)
+        baseline.load_state_dict(state["baseline"])
         print(f"[{directory.name}] goes on after step {state['step']}")
         return state["step"]
     return 0

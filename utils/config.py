@@ -120,7 +120,7 @@ class RewardConfig:
             _require(value in known, f"reward.{name}", value, ", ".join(known))
 
 
-BASELINES = ("none", "running_mean", "ema", "window", "batch_mean", "rloo")
+BASELINE_NAMES = ("none", "running_mean", "ema", "rloo")  # the classes are in utils/estimator.py
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,6 @@ class ReinforceConfig:
     warmup_steps: int = 3  # 0: none
     baseline: str = "running_mean"
     ema_decay: float = 0.9
-    window: int = 10  # steps that the "window" baseline remembers
     lora_r: int = 16
     lora_alpha: int = 32
     micro_batch: int | None = 8  # sequences per forward and backward pass; None: as memory allows
@@ -152,8 +151,8 @@ class ReinforceConfig:
     min_distinct_2: float = 0.1
 
     def __post_init__(self) -> None:
-        known = ", ".join(BASELINES)
-        _require(self.baseline in BASELINES, "reinforce.baseline", self.baseline, known)
+        known = ", ".join(BASELINE_NAMES)
+        _require(self.baseline in BASELINE_NAMES, "reinforce.baseline", self.baseline, known)
         enough = self.baseline != "rloo" or self.num_generations >= 2
         expected = "at least 2 with the rloo baseline"
         _require(enough, "reinforce.num_generations", self.num_generations, expected)

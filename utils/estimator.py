@@ -1,69 +1,108 @@
-"""The estimator: REINFORCE with a baseline, as pure functions and one small state.
+"""The estimator: REINFORCE with a baseline, as pure functions and small classes.
 
 Ahmadian et al. 2024, "Back to Basics", arXiv 2402.14740: the whole completion is one action, the
 KL to the SFT policy is part of its reward (eq. 3), and a baseline that does not depend on the
 action lowers the variance of the gradient without moving its mean (eq. 6).
+
+A new baseline is a class here with its name in `BASELINES`, and in `config.BASELINE_NAMES`.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from utils.config import ReinforceConfig
 
-@dataclass
-class Baseline:
-    """What is subtracted from a reward: the state of one of `config.BASELINES`.
+DEFAULTS = ReinforceConfig()
 
-    Before the first update the history is empty and the baseline is 0, which is the SFT policy's
-    mean reward, since rewards are standardised with it.
+
+class NoBaseline:
+    """Nothing: zero, which for rewards standardised with the SFT model is that model's mean.
+
+    It has the methods of all baselines.
+
+    Attributes:
+        history: the names of what a checkpoint keeps.
     """
 
-    kind: str
-    ema_decay: float = 0.9
-    window: int = 10
-    num_generations: int = 1
-    total: float = 0.0
-    count: int = 0
-    average: float = 0.0
-    recent: deque[float] = field(default_factory=deque)
+    history: tuple[str, ...] = ()
+
+    def __init__(self, config: ReinforceConfig = DEFAULTS) -> None:
+        self.config = config
 
     def value(self, rewards: Tensor) -> Tensor:
-        """Return the baseline of each row, shape (rows,); read it before `update`.
+        """Return the baseline of each of this step's rewards, shape (rows,); read before `update`.
 
         Args:
-            rewards: this step's rewards, shape (rows,). Only "batch_mean" and "rloo" look at them;
-                for "rloo" the generations of a prompt are adjacent rows.
+            rewards: shape (rows,); only `LeaveOneOut` looks at them.
         """
-        if self.kind == "batch_mean":
-            return rewards.mean().expand_as(rewards)
-        if self.kind == "rloo":
-            groups = rewards.view(-1, self.num_generations)
-            others = groups.sum(1, keepdim=True) - groups
-            return (others / (self.num_generations - 1)).flatten()
-        constant = {
-            "none": 0.0,
-            "running_mean": self.total / max(self.count, 1),
-            "ema": self.average,
-            "window": sum(self.recent) / max(len(self.recent), 1),
-        }[self.kind]
-        return torch.full_like(rewards, constant)
+        return torch.zeros_like(rewards)
 
     def update(self, rewards: Tensor) -> None:
         """Take this step's rewards into the history; call it after the gradient step."""
-        mean = rewards.mean().item()
-        self.average = mean if not self.count else self._decayed(mean)
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the history, for a checkpoint."""
+        return {name: getattr(self, name) for name in self.history}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Restore what `state_dict` returned."""
+        for name in self.history:
+            setattr(self, name, state[name])
+
+
+class RunningMean(NoBaseline):
+    """The mean of all rewards so far, the paper's; 0 before the first."""
+
+    history = ("total", "count")
+    total, count = 0.0, 0
+
+    def value(self, rewards: Tensor) -> Tensor:
+        """Return the mean of the history for each row."""
+        return torch.full_like(rewards, self.total / max(self.count, 1))
+
+    def update(self, rewards: Tensor) -> None:
+        """Count each row once, however many a step has."""
         self.total += rewards.sum().item()
         self.count += len(rewards)
-        self.recent.append(mean)
-        while len(self.recent) > self.window:
-            self.recent.popleft()
 
-    def _decayed(self, mean: float) -> float:
-        return self.ema_decay * self.average + (1 - self.ema_decay) * mean
+
+class Ema(NoBaseline):
+    """The exponential moving average of the steps' means; 0 before the first, which it starts at."""
+
+    history = ("average", "count")
+    average, count = 0.0, 0
+
+    def value(self, rewards: Tensor) -> Tensor:
+        """Return the average for each row."""
+        return torch.full_like(rewards, self.average)
+
+    def update(self, rewards: Tensor) -> None:
+        """Let the average decay by `ema_decay` towards the step's mean."""
+        decay = self.config.ema_decay if self.count else 0.0
+        self.average = decay * self.average + (1 - decay) * rewards.mean().item()
+        self.count += len(rewards)
+
+
+class LeaveOneOut(NoBaseline):
+    """RLOO: the mean of the prompt's other completions, `num_generations` adjacent rows in all."""
+
+    def value(self, rewards: Tensor) -> Tensor:
+        """Return for each row the mean of the others of its prompt."""
+        groups = rewards.view(-1, self.config.num_generations)
+        others = groups.sum(1, keepdim=True) - groups
+        return (others / (self.config.num_generations - 1)).flatten()
+
+
+BASELINES: dict[str, type[NoBaseline]] = {
+    "none": NoBaseline,
+    "running_mean": RunningMean,
+    "ema": Ema,
+    "rloo": LeaveOneOut,
+}
 
 
 def kl_regularised(rewards: Tensor, log_probs: Tensor, reference: Tensor, beta: float) -> Tensor:

@@ -17,7 +17,7 @@ from utils.checkpoints import last_checkpoint, load_adapter, load_checkpoint, sa
 from utils.config import ReinforceConfig
 from utils.data import Prompt
 from utils.distributed import own_rows, processes
-from utils.estimator import Baseline
+from utils.estimator import BASELINES, NoBaseline
 from utils.glossary import GLOSSARY
 from utils.results import Run
 from utils.rollout import Rollout, sample, sampling_noise
@@ -87,7 +87,7 @@ def train_policy(
         TrainingStopped: on a non-finite loss or reward, a runaway KL or a collapsed policy.
     """
     optimizer = _optimizer(policy, config)
-    baseline = Baseline(config.baseline, config.ema_decay, config.window, config.num_generations)
+    baseline = BASELINES[config.baseline](config)
     update = PolicyUpdate(policy, optimizer, config, tokenizer.pad_token_id)
     done = _open(run, policy, optimizer, baseline, evaluate, config)
     for step in range(done + 1, config.steps + 1):
@@ -100,10 +100,12 @@ def train_policy(
         measured = measure_step(policy, tokenizer, rollout, rewards, own, config)
         objective = measured.objective(config.beta)
         base = baseline.value(objective)
+        advantage = objective - base
         rate = config.learning_rate * min(1.0, step / max(1, config.warmup_steps))
-        row = EMPTY | {"step": step, "learning_rate": rate} | measured.metrics(objective, base)
+        row = EMPTY | {"step": step, "learning_rate": rate}
+        row |= measured.metrics(objective, base, advantage)
         _check(row, config, run)
-        row |= update.step(rollout, (objective - base)[list(own)], len(batch), rate)
+        row |= update.step(rollout, advantage[list(own)], len(batch), rate)
         _check(row, config, run)
         baseline.update(objective)
         row |= {"seconds": time.time() - start} | _held_out(step, config, evaluate)
@@ -126,7 +128,7 @@ def _open(
     run: Run,
     policy: PeftModel,
     optimizer: torch.optim.Optimizer,
-    baseline: Baseline,
+    baseline: NoBaseline,
     evaluate: Evaluate,
     config: ReinforceConfig,
 ) -> int:

@@ -33,15 +33,15 @@ class Measured:
         """Return the reward less the KL's share of it, which is what is maximised."""
         return kl_regularised(self.reward, self.log_prob, self.reference, beta)
 
-    def metrics(self, objective: Tensor, base: Tensor) -> dict[str, float]:
-        """Return the logged means; `objective` and its baseline have shape (rows,), too."""
+    def metrics(self, objective: Tensor, base: Tensor, advantage: Tensor) -> dict[str, float]:
+        """Return the logged means; the arguments have shape (rows,), too."""
         return {
             "reward": self.reward.mean().item(),
             "reward_std": self.reward.std().item(),
             "kl": (self.log_prob - self.reference).mean().item(),
             "objective": objective.mean().item(),
             "baseline": base.mean().item(),
-            "advantage_std": (objective - base).std().item(),
+            "advantage_std": advantage.std().item(),
             "entropy": (self.entropy.sum() / self.length.sum()).item(),
             "completions/mean_length": self.length.mean().item(),
             "completions/clipped_ratio": 1 - self.finished.mean().item(),

@@ -262,9 +262,9 @@ def test_the_reward_rises(tmp_path, sign):
     assert reward[-5:].mean() > reward[:3].mean() + 0.5
 
 
-@pytest.mark.parametrize("baseline", ["none", "ema", "window", "batch_mean", "rloo"])
+@pytest.mark.parametrize("baseline", ["none", "ema", "rloo"])
 def test_every_baseline_runs_and_resumes(tmp_path, baseline):
-    options = {"steps": 4, "baseline": baseline, "num_generations": 2, "window": 2}
+    options = {"steps": 4, "baseline": baseline, "num_generations": 2}
     _, whole = train(tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "align", monitor=stop_at(3), **options)
