@@ -71,7 +71,7 @@ class RunningMean(NoBaseline):
 
 
 class Ema(NoBaseline):
-    """The exponential moving average of the steps' means; 0 before the first, which it starts at."""
+    """The moving average of the steps' means, exponential; starts at the first, 0 before it."""
 
     history = ("average", "count")
     average, count = 0.0, 0

@@ -6,7 +6,7 @@ configuration that shaped it are the same; see `utils.results.prepare`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -30,7 +30,6 @@ from utils.reward_evaluation import pair_metrics, scored_responses
 from utils.reward_training import train_reward_model
 from utils.rewards import KINDS, RewardModel
 from utils.rollout import DECODED
-from utils.sources import Message
 from utils.weights import encode_dialogue, encode_prompt, load_tokenizer
 
 SCALE_PROMPTS = 128  # training prompts whose SFT samples fix the unit of the reward
@@ -127,20 +126,15 @@ def trained_reward_models(profile: Profile) -> dict[str, RewardModel]:
 @cache
 def sft_stage(profile: Profile) -> Run:
     """Sample the SFT policy on training prompts: its rewards there are the unit of all rewards."""
-    return sample_sft("sft_training_prompts", profile, SCALE_PROMPTS, 1)
-
-
-def sample_sft(name: str, profile: Profile, prompts: int | None, samples: int) -> Run:
-    """Sample the SFT policy on the first training prompts (None: all), `samples` times each."""
-    config = stage_config(profile, SFT_FIELDS, prompts=prompts, samples=samples)
-    run, finished = open_stage(profile, name, config)
+    config = stage_config(profile, SFT_FIELDS, prompts=SCALE_PROMPTS, samples=1)
+    run, finished = open_stage(profile, "sft_training_prompts", config)
     if not finished:
         print(f"[{run.directory.name}] sampling the SFT model on training prompts", flush=True)
         policy, tokenizer = load_sft(profile)
-        chosen = prepared_data(profile).prompts("train")[:prompts]
+        chosen = prepared_data(profile).prompts("train")[:SCALE_PROMPTS]
         frame = evaluate_policy(
             *(policy, tokenizer, chosen),
-            with_fields(profile, {"evaluation.samples_per_prompt": samples}),
+            with_fields(profile, {"evaluation.samples_per_prompt": 1}),
             profile.reinforce.temperature,
             {},
             reference=False,
@@ -157,21 +151,14 @@ def load_sft(profile: Profile) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     return policy, load_tokenizer(profile.model)
 
 
-@cache
 def reward_scale(reward_model: Scorer, profile: Profile) -> tuple[float, float]:
     """Return mean and standard deviation of the SFT policy's reward on training prompts."""
     rows = read_jsonl(sft_stage(profile).directory / "samples.jsonl")
-    rewards = reward_model.score(*texts_of(rows, prepared_data(profile)))
+    messages = {p.id: p.messages for p in prepared_data(profile).prompts("train")}
+    turns = [messages[row["prompt_id"]] for row in rows]
+    responses, finished = ([row[name] for row in rows] for name in ("response", "finished"))
+    rewards = reward_model.score(turns, responses, finished)
     return rewards.mean().item(), rewards.std().item()
-
-
-def texts_of(
-    rows: Sequence[Mapping[str, Any]], data: PreferenceData
-) -> tuple[list[tuple[Message, ...]], list[str], list[bool]]:
-    """Return what `score` takes, of samples of training prompts: turns, responses, finished."""
-    messages = {prompt.id: prompt.messages for prompt in data.prompts("train")}
-    columns = ([row[name] for row in rows] for name in ("response", "finished"))
-    return [messages[row["prompt_id"]] for row in rows], *columns
 
 
 def align_stage(

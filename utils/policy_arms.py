@@ -49,7 +49,6 @@ ARMS: dict[str, PolicyArm] = {
     "scalar": PolicyArm("scalar", "scalar reward", seeds=SEEDS),
     "ordinal": PolicyArm("ordinal", "ten-class reward", seeds=SEEDS),
     "ordinal_cautious": PolicyArm("ordinal", "ten classes, mean less spread", "minus_spread"),
-    "ordinal_beats_sft": PolicyArm("ordinal", "ten classes, P(beats SFT)", "beats_sft"),
     "scalar_ema": PolicyArm(
         "scalar", "scalar, exponential baseline", changes={"reinforce.baseline": "ema"}
     ),
@@ -61,7 +60,7 @@ ARMS: dict[str, PolicyArm] = {
 HEADLINE = ("scalar", "ordinal")
 # Standardised rewards have the SFT model's mean subtracted, so "none" has that as its baseline.
 BASELINES = {"scalar": "running mean", "scalar_ema": "EMA", "scalar_none": "constant (SFT mean)"}
-READOUTS = ("ordinal", "ordinal_cautious", "ordinal_beats_sft")
+READOUTS = ("ordinal", "ordinal_cautious")
 # The seeds of an arm in one policy, see `utils.averaging`; the ending of its name, and the scales
 # that are tried on validation prompts.
 AVERAGE = "average"

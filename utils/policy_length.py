@@ -28,7 +28,7 @@ from utils.results import ResultsError
 
 NEAR_TOKENS, NEAR_SHARE = 5, 0.2  # how far a match may be in length: the larger of the two
 COEFFICIENTS = ("unchanged", "per_10_tokens", "per_finish")
-LEVELS = (("scalar", "ordinal"), ("ordinal", "ordinal_cautious"), ("ordinal", "ordinal_beats_sft"))
+LEVELS = (("scalar", "ordinal"), ("ordinal", "ordinal_cautious"))
 MATCHES = {"length": False, "length and finish": True}  # method -> whether the finish must match
 
 

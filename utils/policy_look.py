@@ -12,7 +12,6 @@ ARM_COLORS = {
     "scalar": look.BLUE,
     "ordinal": look.ORANGE,
     "ordinal_cautious": look.GREEN,
-    "ordinal_beats_sft": look.PURPLE,
     "scalar_ema": "#56b4e9",
     "scalar_none": "#000000",
 }

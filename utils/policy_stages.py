@@ -1,9 +1,8 @@
-"""The stages that train the policies of the study: arms, trials, rivals, the units of rewards."""
+"""The stages that train the policies of the study: arms, trials, the units of rewards."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from utils.alignment import Scale, align_policy
 from utils.checkpoints import load_adapter
 from utils.config import Profile, config_hash
-from utils.judge import Judge
 from utils.pipeline import (
     SFT_FIELDS,
     load_sft,
@@ -22,22 +20,15 @@ from utils.pipeline import (
     print_plan,
     reward_scale,
     runs_dir,
-    sample_sft,
     stage_config,
-    texts_of,
 )
 from utils.policy_arms import ARMS, PolicyArm, policy_profile, trial_profile
-from utils.profiles import with_fields
 from utils.publish import read_record
 from utils.published import load_published, published_sums
-from utils.readouts import PolicyReward, rival_distributions
-from utils.results import Run, read_jsonl
-from utils.rewards import RewardModel
+from utils.readouts import PolicyReward
+from utils.results import Run
 
 POLICY_FIELDS = ("data", "model", "reinforce", "evaluation")
-# Noise of its own: rivals share no draw with an evaluation.
-RIVALS: dict[str, Any] = {"evaluation.seed": 4321}
-RIVAL_SAMPLES = 2
 
 
 def policy_stage(name: str, seed: int) -> Run:
@@ -50,23 +41,18 @@ def trial_stage(name: str) -> Run:
     return _train(f"trial_{name}", ARMS["scalar"], trial_profile(name))
 
 
-def rivals_stage() -> Run:
-    """Sample the SFT model on all training prompts: whom "beats_sft" has to beat."""
-    profile = with_fields(base_profile(), RIVALS)
-    return sample_sft("sft_rivals", profile, prompts=None, samples=RIVAL_SAMPLES)
-
-
 def scale_stage(reward: str, readout: str = "mean") -> Scale:
     """Measure mean and standard deviation of a reward on SFT samples, or read what was measured.
 
     They are the unit of all arms and seeds, and a stage of its own, so that policies that are
     evaluated on other machines, with other rounding, share it.
     """
-    profile, facts = base_profile(), reward_facts(reward, readout)
-    config = stage_config(profile, SFT_FIELDS, models=published_sums((reward,)), **facts)
+    profile, models = base_profile(), published_sums((reward,))
+    config = stage_config(profile, SFT_FIELDS, models=models, reward=reward, readout=readout)
     run, finished = open_stage(profile, f"scale_{reward}_{readout}", config)
     if not finished:
-        rated_by = scorer(reward) if readout == "mean" else _training_reward(reward, readout)
+        model = load_published(reward)
+        rated_by = model if readout == "mean" else PolicyReward(model, readout)
         run.finish(scale=reward_scale(rated_by, profile))
     mean, std = run.info["scale"]
     return mean, std
@@ -102,25 +88,11 @@ def base_profile() -> Profile:
     return policy_profile("scalar", 0)
 
 
-@cache
-def scorer(name: str) -> RewardModel | Judge:
-    """Return a published reward model or the judge, loaded once."""
-    return load_published(name)
-
-
-def reward_facts(reward: str, readout: str) -> dict[str, Any]:
-    """Return what shapes a reward, for a stage's configuration."""
-    facts: dict[str, Any] = {"reward": reward, "readout": readout}
-    if readout == "beats_sft":
-        facts |= {"rivals": RIVALS, "rival_samples": RIVAL_SAMPLES}
-    return facts
-
-
 def _train(stage: str, arm: PolicyArm, profile: Profile) -> Run:
     run, finished = open_stage(profile, stage, _config(arm, profile))
     if not finished:
-        own, judge = ((scorer(name), scale_stage(name)) for name in (arm.reward, "judge"))
-        training = _training_reward(arm.reward, arm.readout), scale_stage(arm.reward, arm.readout)
+        own, judge = ((load_published(name), scale_stage(name)) for name in (arm.reward, "judge"))
+        training = PolicyReward(own[0], arm.readout), scale_stage(arm.reward, arm.readout)
         policy, tokenizer = load_sft(profile)
         print_plan(profile)
         align_policy(
@@ -132,15 +104,6 @@ def _train(stage: str, arm: PolicyArm, profile: Profile) -> Run:
 
 
 def _config(arm: PolicyArm, profile: Profile) -> dict[str, Any]:
-    models, facts = published_sums((arm.reward, "judge")), reward_facts(arm.reward, arm.readout)
+    facts = {"reward": arm.reward, "readout": arm.readout}
+    models = published_sums((arm.reward, "judge"))
     return stage_config(profile, POLICY_FIELDS, models=models, **facts)
-
-
-@cache
-def _training_reward(reward: str, readout: str) -> PolicyReward:
-    reward_model = scorer(reward)
-    if readout != "beats_sft":
-        return PolicyReward(reward_model, readout)
-    rows = read_jsonl(rivals_stage().directory / "samples.jsonl")
-    texts = texts_of(rows, prepared_data(base_profile()))
-    return PolicyReward(reward_model, readout, rival_distributions(reward_model, *texts))

@@ -41,13 +41,11 @@ from utils.policy_stages import (
     base_profile,
     load_trained,
     policy_stage,
-    reward_facts,
     scale_stage,
-    scorer,
     trained_policies,
     trial_stage,
 )
-from utils.published import published_sums
+from utils.published import load_published, published_sums
 from utils.reinforce import TrainingStopped
 from utils.results import ResultsError, Run
 
@@ -71,14 +69,14 @@ def average_stage(name: str, arm: str, seeds: Mapping[int, str]) -> Run:
         ResultsError: if every scale is beyond the budget.
     """
     profile, kind = base_profile(), ARMS[arm].reward
-    models, facts = published_sums((kind, "judge")), reward_facts(kind, "mean")
+    facts = {"reward": kind, "readout": "mean", "models": published_sums((kind, "judge"))}
     facts |= {"average_of": [*seeds.values()], "scales": AVERAGE_SCALES}
-    config = stage_config(profile, POLICY_FIELDS, models=models, **facts)
+    config = stage_config(profile, POLICY_FIELDS, **facts)
     run, finished = open_stage(profile, name, config)
     if not finished:
         (run.directory / "metrics.csv").unlink(missing_ok=True)  # of one that was stopped
         held_out = {"own": kind, "judge": "judge"}
-        scorers = {role: scorer(name) for role, name in held_out.items()}
+        scorers = {role: load_published(name) for role, name in held_out.items()}
         scales = {role: scale_stage(name) for role, name in held_out.items()}
         prompts = prepared_data(profile).prompts("validation")
         for scale in AVERAGE_SCALES:
@@ -100,7 +98,7 @@ def evaluation_stages() -> dict[str, pd.DataFrame]:
         Rows of `evaluate_policy` by policy, with the rewards in SFT standard deviations.
     """
     profile = base_profile()
-    reward_models = {name: scorer(name) for name in REWARDS}
+    reward_models = {name: load_published(name) for name in REWARDS}
     facts = {"models": published_sums(REWARDS)}
     scales = {name: scale_stage(name) for name in REWARDS}
     comparison = Comparison(profile, reward_models, TEST_FIELDS, facts, scales)

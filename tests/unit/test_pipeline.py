@@ -12,7 +12,6 @@ from utils.pipeline import (
     align_stage,
     before_and_after,
     prepared_data,
-    reward_scale,
     reward_stage,
     sft_stage,
 )
@@ -20,7 +19,7 @@ from utils.profiles import load_profile
 from utils.results import read_json, read_jsonl
 from utils.reward_training import GroupRewardTrainer
 
-CACHED = (prepared_data, reward_stage, sft_stage, reward_scale)
+CACHED = (prepared_data, reward_stage, sft_stage)
 MODULES = (models, rollout, rewards, reward_training)
 # Few prompts and a rate that shows: what is tested here is which stage runs.
 FAST = {"reinforce.learning_rate": 3e-2, "data.train_prompts": 4, "data.test_prompts": 2}

@@ -212,9 +212,8 @@ def test_readouts():
     logs = {arm: {0: curve([0.0, 1], [0.0, 0.5])} for arm in READOUTS}
     logs["ordinal"][1] = curve([0.0, 2], [0.0, 0.25])
     logs["ordinal_cautious"][0]["eval_judge"] += 1
-    logs["ordinal_beats_sft"][0]["eval_reward"] -= 3
     table = readout_table(logs)
-    assert table["seed"].tolist() == [0, 1, 0, 0]
+    assert table["seed"].tolist() == [0, 1, 0]
     assert table.loc[1, ["step", "eval_reward", "eval_judge"]].tolist() == [2, 2, 0.25]
     assert table["eval_distinct_2"].isna().all(), "not measured"
     assert readout_table({}).empty
@@ -233,14 +232,14 @@ def test_gains_of_the_curves_in_words():
 
 def test_frontier_and_where_it_parts():
     logs = {
-        "ordinal_beats_sft": {0: curve([0.0, 1, 2, 3], [0.0, 2, 2, 1])},
+        "ordinal_cautious": {0: curve([0.0, 1, 2, 3], [0.0, 2, 2, 1])},
         "scalar": {
             2: curve([0.0, 1, 2], [0.0, 0.5, 0.75]),
             10: curve([0.0, 1, 0.5], [0.0, 0.5, 0.75]),
         },
     }
     table = frontier_table(logs)
-    assert table["arm"].tolist() == ["ordinal_beats_sft"] * 4 + ["scalar"] * 6
+    assert table["arm"].tolist() == ["ordinal_cautious"] * 4 + ["scalar"] * 6
     assert table["seed"].tolist() == [0] * 4 + [2] * 3 + [10] * 3
     assert table["step"].tolist() == [0, 2, 4, 6, 0, 2, 4, 0, 2, 4]
     assert table["sqrt_kl"][0] == 0, "an estimate below zero has no root"

@@ -130,7 +130,7 @@ def test_own_rewards():
     assert rewards_of("sft_best") == {"judge": "reward_judge"}
     assert rewards_of("scalar_none")["own"] == rewards_of("scalar_s0_greedy")["own"]
     assert rewards_of("ordinal_average")["own"] == "reward_ordinal"
-    for name in ("ordinal_cautious", "ordinal_cautious_s0_greedy", "ordinal_beats_sft"):
+    for name in ("ordinal_cautious", "ordinal_cautious_s0_greedy"):
         assert rewards_of(name) == {"judge": "reward_judge"}, "the mean is not what it learned from"
 
 
@@ -463,8 +463,8 @@ def test_levels_seed_by_seed(frames):
     pairs = level_table(frames, SAMPLES).groupby(["first", "second"], sort=False)["value"].first()
     assert [*pairs.index] == [("scalar", "ordinal"), ("ordinal", "ordinal_cautious")]
     assert pairs.iloc[1] == pytest.approx(-25 / 6), "against seed 1 alone"
-    frames["ordinal_beats_sft_s5"] = frames["ordinal_s0"]
-    with pytest.raises(ResultsError, match="'ordinal' and 'ordinal_beats_sft' have no seed in com"):
+    frames["ordinal_cautious_s5"] = frames.pop("ordinal_cautious_s1")
+    with pytest.raises(ResultsError, match="'ordinal' and 'ordinal_cautious' have no seed in com"):
         level_table(frames, SAMPLES)
 
 

@@ -18,7 +18,7 @@ from utils.config import ModelConfig, flatten
 from utils.evaluation import evaluate_policy
 from utils.losses import CLASSES, expected_rating
 from utils.model_size import GB, ModelSize
-from utils.pipeline import prepared_data, reward_scale, sft_stage
+from utils.pipeline import prepared_data, sft_stage
 from utils.policy_arms import (
     ARMS,
     AVERAGE_SCALES,
@@ -29,7 +29,7 @@ from utils.policy_arms import (
     policy_profile,
 )
 from utils.profiles import PROFILES
-from utils.readouts import READOUTS
+from utils.readouts import READOUTS, rating_minus_spread
 from utils.reinforce import TrainingStopped
 from utils.results import ResultsError, read_json, read_jsonl
 from utils.rewards import KINDS
@@ -38,7 +38,7 @@ LAZY = {"reinforce.learning_rate": 0.0}  # never leaves the SFT model
 SMALL = {
     "scalar": PolicyArm("scalar", "moves", seeds=(0, 1)),
     "lazy": PolicyArm("scalar", "stays", changes=LAZY),
-    "beats": PolicyArm("ordinal", "beats", "beats_sft"),
+    "careful": PolicyArm("ordinal", "careful", "minus_spread"),
     "untrained": PolicyArm("scalar", "is not trained"),
 }
 SUMS = {"scalar": ["aa"], "ordinal": ["bb"], "judge": ["cc", "dd"]}
@@ -64,8 +64,7 @@ class Wordy:
 
 def forget():
     """Do as a new process would."""
-    cached = (policy_stages.scorer, policy_stages._training_reward, reward_scale, sft_stage)
-    for function in (*cached, prepared_data):
+    for function in (sft_stage, prepared_data):
         function.cache_clear()
 
 
@@ -92,15 +91,15 @@ def world(tmp_path_factory):
         for module in (policy_arms, policy_stages, policy_study):
             patch.setattr(module, "ARMS", SMALL)
         patch.setattr(published, "POLICY_ARMS", SMALL)
-        patch.setattr(policy_stages, "load_published", lambda name: Wordy(name))
         for module in (policy_stages, policy_study):
+            patch.setattr(module, "load_published", lambda name: Wordy(name))
             patch.setattr(module, "published_sums", lambda names: {n: SUMS[n] for n in names})
         patch.setattr(results, "ROOT", root)
         patch.setattr(published, "RESULTS", root / "results")
         patch.setattr(published, "MODELS", models)
         patch.setattr(published, "INDEX", models / "index.json")
         forget()
-        for name, seed in (("scalar", 0), ("scalar", 1), ("lazy", 0), ("beats", 0)):
+        for name, seed in (("scalar", 0), ("scalar", 1), ("lazy", 0), ("careful", 0)):
             policy_stages.policy_stage(name, seed)
         patch.frames = policy_study.evaluation_stages()
         patch.runs, patch.root = root / "runs" / "cpu", root
@@ -158,16 +157,18 @@ def test_the_study_does_not_follow_the_notebooks_profile(monkeypatch):
 
 
 def test_training_and_held_out_rewards(world):
-    info = read_json(world.runs / "align_beats_s0" / "run.json")
+    info = read_json(world.runs / "align_careful_s0" / "run.json")
     assert info["status"] == "finished"
-    assert 0 < info["reward_mean"] < 1, "the unit of the training reward is that of P(beats)"
-    metrics = pd.read_csv(world.runs / "align_beats_s0" / "metrics.csv")
+    texts = [samples(world, "sft_training_prompts")["response"]] * 3
+    own = rating_minus_spread(Wordy("ordinal").logits(*texts))
+    assert info["reward_mean"] == pytest.approx(own.mean().item()), "not the mean rating's"
+    metrics = pd.read_csv(world.runs / "align_careful_s0" / "metrics.csv")
     assert metrics["step"].tolist() == [0, 1, 2]
     assert metrics["eval_judge"].notna().all()
     # The curve is that of the expected rating, in its own unit, so that arms compare.
-    profile = policy_arms.policy_profile("beats", 0)
+    profile = policy_arms.policy_profile("careful", 0)
     policy, tokenizer = pipeline.load_sft(profile)
-    load_adapter(world.runs / "align_beats_s0", policy)
+    load_adapter(world.runs / "align_careful_s0", policy)
     prompts = prepared_data(profile).prompts("validation")
     models = {"own": Wordy("ordinal"), "judge": Wordy("judge")}
     frame = evaluate_policy(policy, tokenizer, prompts, profile, 0.7, models)
@@ -181,24 +182,11 @@ def test_training_and_held_out_rewards(world):
 
 
 def test_a_run_says_what_it_was_rewarded_by(world):
-    config = read_json(world.runs / "align_beats_s0" / "run.json")["config"]
-    assert (config["reward"], config["readout"]) == ("ordinal", "beats_sft")
+    config = read_json(world.runs / "align_careful_s0" / "run.json")["config"]
+    assert (config["reward"], config["readout"]) == ("ordinal", "minus_spread")
     assert config["models"] == {"ordinal": ["bb"], "judge": ["cc", "dd"]}
-    assert config["rivals"] == policy_stages.RIVALS
-    plain = read_json(world.runs / "align_scalar_s1" / "run.json")
-    assert "rivals" not in plain["config"]
-    assert plain["seed"] == 1
+    assert read_json(world.runs / "align_scalar_s1" / "run.json")["seed"] == 1
     assert not list(world.runs.glob("*@*")), "seeds share the unit of the reward"
-
-
-def test_rivals_are_samples_of_all_training_prompts_with_dice_of_their_own(world):
-    profile = policy_arms.policy_profile("scalar", 0)
-    rivals, unit = samples(world, "sft_rivals"), samples(world, "sft_training_prompts")
-    ids = [prompt.id for prompt in prepared_data(profile).prompts("train")]
-    assert rivals["prompt_id"].tolist() == [i for i in ids for _ in range(2)]
-    pairs = rivals.groupby("prompt_id", sort=False)["response"]
-    assert (pairs.nunique() == 2).any()
-    assert (pairs.first().to_numpy() != unit["response"].to_numpy()).all()
 
 
 def test_finished_policies_are_reused_until_a_reward_model_changes(world, monkeypatch, capsys):
@@ -250,7 +238,7 @@ def test_trials_never_touch_the_test_prompts(world, monkeypatch):
 def test_what_is_trained_is_evaluated_beside_the_controls(world):
     controls = ["sft", "sft_best", "sft_greedy", "sft_16bit", "sft_pool"]
     trained = ["scalar_s0", "scalar_s0_greedy", "scalar_s1", "lazy_s0", "lazy_s0_greedy"]
-    trained += ["beats_s0", "beats_s0_greedy", "scalar_average"]
+    trained += ["careful_s0", "careful_s0_greedy", "scalar_average"]
     assert list(world.frames) == [*controls, *trained]
     test = prepared_data(policy_arms.policy_profile("scalar", 0)).prompts("test")
     for name, frame in world.frames.items():
@@ -365,9 +353,9 @@ def test_units_are_measured_once_and_then_read(world, monkeypatch):
     used = read_json(world.runs / "test_scalar_s1" / "run.json")["scales"]
     assert {name: list(scale) for name, scale in scales.items()} == used
     policy_study.evaluation_stages()
-    beats = read_json(world.runs / "align_beats_s0" / "run.json")
-    own = policy_stages.scale_stage("ordinal", "beats_sft")
-    assert own == (beats["reward_mean"], beats["reward_std"])
+    careful = read_json(world.runs / "align_careful_s0" / "run.json")
+    own = policy_stages.scale_stage("ordinal", "minus_spread")
+    assert own == (careful["reward_mean"], careful["reward_std"])
     assert own != scales["ordinal"]
 
 
@@ -407,9 +395,9 @@ def test_publish_and_load(world, capsys):
     published.main()
     index = read_json(published.INDEX)
     assert index["scalar"] == kept["scalar"], "what was not trained here was lost"
-    assert set(index["policies"]) == {"scalar", "lazy", "beats"}
+    assert set(index["policies"]) == {"scalar", "lazy", "careful"}
     names = {path.name for path in (world.root / "results").glob("cpu-*")}
-    assert {"cpu-align_scalar_s1", "cpu-test_beats_s0", "cpu-sft_rivals"} <= names
+    assert {"cpu-align_scalar_s1", "cpu-test_careful_s0"} <= names
     assert {"cpu-average_scalar", "cpu-scaled_scalar", "cpu-test_scalar_average"} <= names
     assert {"cpu-test_sft_pool", "cpu-validation_sft_T0.2", "cpu-scale_judge_mean"} <= names
     assert not [name for name in names if "@" in name]
@@ -448,8 +436,8 @@ def test_the_command_line(world, monkeypatch, capsys):
     monkeypatch.setattr(policy_study, "trial_stage", lambda name: done.append(name))
     monkeypatch.setattr(policy_study, "evaluation_stages", lambda: done.append("tests") or {})
     monkeypatch.setattr(policy_study, "_report", lambda stage: stage())
-    policy_study.main(["scalar:5", "beats"])
-    assert done == [("scalar", 5), ("beats", 0)]
+    policy_study.main(["scalar:5", "careful"])
+    assert done == [("scalar", 5), ("careful", 0)]
     done.clear()
     policy_study.main([])
     arms = [(name, seed) for name, arm in SMALL.items() for seed in arm.seeds]
@@ -470,10 +458,10 @@ def test_a_collapsed_policy_does_not_keep_the_others_from_being_trained(world, m
 
     original = policy_study.policy_stage
     monkeypatch.setattr(policy_study, "policy_stage", stage)
-    policy_study.main(["lazy", "beats"])
+    policy_study.main(["lazy", "careful"])
     stopped, *_, last = capsys.readouterr().out.splitlines()
     assert stopped == "TrainingStopped: [align_lazy_s0] step 3: it collapsed"
-    assert last.startswith("[align_beats_s0] on validation prompts: reward ")
+    assert last.startswith("[align_careful_s0] on validation prompts: reward ")
     assert ", judge " in last
 
 
