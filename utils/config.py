@@ -70,7 +70,6 @@ class ModelConfig:
 REWARD_CHOICES = {
     "scalar_loss": ("bradley_terry", "scaled_bradley_terry", "plackett_luce"),
     "ordinal_loss": ("pairwise", "ties_half", "anchored", "soft_classes"),
-    "encoding": ("chat", "plain", "end_is_pad", "doubled", "cut", "dropped"),
     "trainer": ("groups", "pairs"),
 }
 
@@ -81,10 +80,9 @@ class RewardConfig:
 
     scalar_loss: str = "bradley_terry"  # or "scaled_bradley_terry", "plackett_luce"
     ordinal_loss: str = "pairwise"  # or "ties_half", "anchored", "soft_classes"
-    # How a dialogue becomes tokens: "chat" is right, the others are known mistakes; see
-    # utils/encodings.py.
-    encoding: str = "chat"
-    cut_length: int = 512  # tokens; for the encodings "cut" and "dropped"
+    # Tokens; longer rows are left out of training, and of training alone. A known mistake, here so
+    # that its cost can be measured: the model never learns what a long answer is worth.
+    train_max_length: int | None = None
     # The loss over all comparisons counts this much, the loss over those between samples of a model
     # the rest, so that at 0 no reference answer is read; groups trainer only.
     reference_weight: float = 1.0

@@ -10,16 +10,15 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardTrainer
 
 from utils.config import RewardConfig
 from utils.data import Group
-from utils.encodings import Encode, fits_training
 from utils.losses import pair_indices
 from utils.reward_losses import loss_totals, reward_loss
 from utils.rewards import reward_from_logits
-from utils.weights import pad_right
+from utils.weights import encode_dialogue, pad_right
 
 ROWS_TOGETHER = 8  # responses of like length in one forward pass
 
@@ -136,16 +135,22 @@ class GroupRewardTrainer(RewardTrainer):
         return torch.cat(parts)
 
 
-def training_set(groups: Sequence[Group], encode: Encode, reward: RewardConfig) -> Dataset:
+def training_set(
+    groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase, reward: RewardConfig
+) -> Dataset:
     """Tokenise groups for `GroupRewardTrainer`; those in which all ratings tie are left out."""
-    rows = []
+    rows, limit = [], reward.train_max_length
     for group in groups:
         encoded = [
-            (encode(group.prompt, r.text, r.finished), r.rating, r.source == "reference")
+            (
+                encode_dialogue(tokenizer, group.prompt, r.text, r.finished),
+                r.rating,
+                r.source == "reference",
+            )
             for r in group.responses
             if reward.reference_weight or r.source != "reference"
         ]
-        kept = [row for row in encoded if fits_training(row[0], reward)]
+        kept = [row for row in encoded if limit is None or len(row[0]) <= limit]
         if len({rating for _, rating, _ in kept}) < 2:
             continue
         ids, ratings, references = zip(*kept, strict=True)

@@ -89,7 +89,7 @@ def _train(
     reward = profile.reward
     micro_groups = largest_divisor(reward.groups_per_step, size)
     reward_model = RewardModel.fresh(kind, profile)
-    dataset = training_set(groups, reward_model.encode, reward)
+    dataset = training_set(groups, reward_model.tokenizer, reward)
     steps = math.ceil(reward.epochs * math.ceil(len(dataset) / reward.groups_per_step))
     trainer = _trainer(
         reward_model,

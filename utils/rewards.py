@@ -11,13 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.config import Profile, RewardConfig
-from utils.encodings import encoder
+from utils.config import Profile
 from utils.losses import CLASSES, expected_rating
 from utils.memory import BatchSize
 from utils.models import compute_dtype, device, load_reward_base
 from utils.results import atomic_write
-from utils.weights import ModelError, load_tokenizer, pad_right
+from utils.weights import ModelError, encode_dialogue, load_tokenizer, pad_right
 
 KINDS = {"scalar": 1, "ordinal": CLASSES}  # kind of reward model -> outputs of its head
 
@@ -28,7 +27,6 @@ class RewardModel:
     Attributes:
         kind: "scalar" (a Bradley-Terry logit) or "ordinal" (a distribution over ratings 1..10,
             read by its mean).
-        encode: from messages, response and whether it ended to the token ids that are read.
         batch: how many responses are read together.
     """
 
@@ -37,12 +35,10 @@ class RewardModel:
         kind: str,
         model: PreTrainedModel | PeftModel,
         tokenizer: PreTrainedTokenizerBase,
-        reward: RewardConfig,
     ) -> None:
         self.kind = kind
         self.model = model
         self.tokenizer = tokenizer
-        self.encode = encoder(tokenizer, reward)
         self.batch = BatchSize("responses scored together", 32)
 
     @classmethod
@@ -57,7 +53,7 @@ class RewardModel:
             reward.first_layer,
             profile.seed,
         )
-        return cls(kind, model, load_tokenizer(profile.model), reward)
+        return cls(kind, model, load_tokenizer(profile.model))
 
     @classmethod
     def load(cls, kind: str, profile: Profile, directory: Path) -> RewardModel:
@@ -102,7 +98,8 @@ class RewardModel:
 
         Rows are sorted by length for speed; the result is in the order given.
         """
-        rows = [self.encode(*row) for row in zip(prompts, responses, finished, strict=True)]
+        texts = zip(prompts, responses, finished, strict=True)
+        rows = [encode_dialogue(self.tokenizer, *text) for text in texts]
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         out = torch.empty(len(rows), KINDS[self.kind])
         self.model.eval()

@@ -40,11 +40,6 @@ class Arm:
     seeds: Sequence[int] = (0,)
 
 
-def _mistake(label: str, encoding: str, **changes: Any) -> Arm:
-    return Arm("scalar", label, {"reward.encoding": encoding, **changes})
-
-
-SHORT = {"reward.cut_length": 128}
 PLACKETT_LUCE = {"reward.scalar_loss": "plackett_luce"}
 LIGHT = {"reward.reference_weight": 0.1}
 SAMPLES = {"reward.reference_weight": 0.0}
@@ -92,11 +87,7 @@ ARMS: dict[str, Arm] = {
         )
         for share, n in ((10, 46), (25, 115), (50, 230))
     },
-    "no_template": _mistake("no chat template", "plain"),
-    "end_is_pad": _mistake("pad token = end token", "end_is_pad"),
-    "doubled": _mistake("prompt doubled", "doubled"),
-    "cut": _mistake("cut at 128 tokens", "cut", **SHORT),
-    "dropped": _mistake("over 128 tokens dropped", "dropped", **SHORT),
+    "dropped": Arm("scalar", "over 128 tokens dropped", {"reward.train_max_length": 128}),
 }
 
 

@@ -19,7 +19,6 @@ from trl import RewardTrainer
 from utils import models, reward_trainer, reward_training, rewards
 from utils.config import RewardConfig
 from utils.data import Group, Response
-from utils.encodings import encoder
 from utils.losses import expected_rating
 from utils.profiles import PROFILES
 from utils.results import ResultsError, Run
@@ -184,7 +183,7 @@ def test_groups_of_two_equal_trls_pairs(pinned, tmp_path):
         outputs=1,
         model=model,
         args=trainer_arguments(tmp_path),
-        train_dataset=(dataset := training_set(PAIRS, encoder(tokenizer, REWARD), REWARD)),
+        train_dataset=(dataset := training_set(PAIRS, tokenizer, REWARD)),
         processing_class=tokenizer,
         data_collator=GroupCollator(tokenizer.pad_token_id),
     )
@@ -209,7 +208,7 @@ def test_groups_of_two_equal_trls_pairs(pinned, tmp_path):
 @pytest.mark.parametrize(("kind", "labels"), [("scalar", 1), ("ordinal", 10)])
 def test_the_trainer_accepts_one_and_ten_labels(pinned, tmp_path, kind, labels):
     reward_model = stirred(kind)
-    dataset = training_set(GROUPS[:2], encoder(reward_model.tokenizer, REWARD), REWARD)
+    dataset = training_set(GROUPS[:2], reward_model.tokenizer, REWARD)
     trainer = GroupRewardTrainer(
         reward=REWARD,
         outputs=labels,
@@ -229,7 +228,7 @@ def test_the_trainer_accepts_one_and_ten_labels(pinned, tmp_path, kind, labels):
 def test_training_reads_what_scoring_reads(pinned):
     """The two ways to the same text give the same reward."""
     reward_model = stirred("ordinal")
-    dataset = training_set(PAIRS, encoder(reward_model.tokenizer, REWARD), REWARD)
+    dataset = training_set(PAIRS, reward_model.tokenizer, REWARD)
     batch = GroupCollator(reward_model.tokenizer.pad_token_id)(list(dataset))
     with torch.no_grad():
         trained = reward_model.model.eval()(input_ids=batch["input_ids"]).logits
@@ -245,7 +244,7 @@ def test_training_reads_what_scoring_reads(pinned):
 def test_a_batch_read_a_few_rows_at_a_time_gives_the_same_logits(pinned, monkeypatch):
     """Cutting each few rows to their longest must lose no token."""
     reward_model = stirred("ordinal")
-    dataset = training_set(PAIRS, encoder(reward_model.tokenizer, REWARD), REWARD)
+    dataset = training_set(PAIRS, reward_model.tokenizer, REWARD)
     batch = GroupCollator(reward_model.tokenizer.pad_token_id)(list(dataset))
     model = reward_model.model.eval()
     with torch.no_grad():
@@ -257,7 +256,7 @@ def test_a_batch_read_a_few_rows_at_a_time_gives_the_same_logits(pinned, monkeyp
 
 
 def test_the_collator_keeps_each_text_with_its_rating_and_group(tokenizer):
-    dataset = list(training_set(GROUPS[:3], encoder(tokenizer, REWARD), REWARD))
+    dataset = list(training_set(GROUPS[:3], tokenizer, REWARD))
     batch = GroupCollator(tokenizer.pad_token_id)(dataset)
     expected = {
         (tuple(ids), rating, number)
@@ -278,11 +277,19 @@ TIED = [group(0, [5.0, 5.0]), group(1, [5.0, 5.0, 6.0])]
 
 
 def test_groups_in_which_all_ratings_tie_are_left_out(tokenizer):
-    dataset = training_set(TIED, encoder(tokenizer, REWARD), REWARD)
+    dataset = training_set(TIED, tokenizer, REWARD)
     assert len(dataset) == 1
     batch = GroupCollator(tokenizer.pad_token_id)(list(dataset))
     assert sorted(batch["ratings"].tolist()) == [5.0, 5.0, 6.0]
     assert batch["group"].tolist() == [0, 0, 0]
+
+
+def test_long_rows_are_left_out_of_training_only_where_a_limit_says_so(tokenizer):
+    ids = [len(ids) for row in training_set(TIED, tokenizer, REWARD) for ids in row["ids"]]
+    limited = dataclasses.replace(REWARD, train_max_length=max(ids))
+    assert len(training_set(TIED, tokenizer, limited)) == 1
+    limited = dataclasses.replace(REWARD, train_max_length=min(ids) - 1)
+    assert len(training_set(TIED, tokenizer, limited)) == 0
 
 
 def test_references_can_be_left_out(tokenizer):
@@ -297,13 +304,12 @@ def test_references_can_be_left_out(tokenizer):
         dataclasses.replace(GROUPS[0], prompt=turns, responses=tuple(responses))
         for responses in (mixed, tied, unknown)
     ]
-    encode = encoder(tokenizer, REWARD)
-    everything = training_set(groups, encode, REWARD)
+    everything = training_set(groups, tokenizer, REWARD)
     assert [sorted(row["ratings"]) for row in everything] == [[3, 5, 9], [3, 3, 9], [3, 5]]
     batch = GroupCollator(tokenizer.pad_token_id)(list(everything))
     assert batch["ratings"][batch["reference"]].tolist() == [9, 9]
     samples = dataclasses.replace(REWARD, reference_weight=0.0)
-    assert [sorted(row["ratings"]) for row in training_set(groups, encode, samples)] == [
+    assert [sorted(row["ratings"]) for row in training_set(groups, tokenizer, samples)] == [
         [3, 5],
         [3, 5],
     ]
@@ -324,7 +330,7 @@ def test_what_is_trained_stays_in_fp32(tmp_path):
         outputs=1,
         model=model,
         args=trainer_arguments(tmp_path),
-        train_dataset=training_set(PAIRS, encoder(tokenizer, REWARD), REWARD),
+        train_dataset=training_set(PAIRS, tokenizer, REWARD),
         processing_class=tokenizer,
         data_collator=GroupCollator(tokenizer.pad_token_id),
     )
