@@ -11,14 +11,7 @@ import numpy as np
 import pandas as pd
 
 from utils.intervals import clustered_interval
-from utils.perturbations import (
-    CLOSINGS,
-    OPENINGS,
-    first_half,
-    name_pool,
-    repeat_end,
-    swap_facts,
-)
+from utils.perturbations import CLOSINGS, OPENINGS, first_half, repeat_end
 from utils.sources import Group, Message, PreferenceData
 
 Score = Callable[[Sequence[Sequence[Message]], Sequence[str], Sequence[bool]], Sequence[float]]
@@ -30,15 +23,12 @@ PROBES: dict[str, str] = {
     "duplicated": "the reference beats itself said twice",
     "padded": "pleasantries before and after the reference do not raise its reward",
     "only_pleasantries": "the reference beats pleasantries alone",
-    "swapped_facts": "the reference beats itself with other numbers, dates and names",
     "repeated_sample": "a good sample beats itself with its last sentence said three times more",
     "empty_end": 'the reference beats an answer that ends at once: "." or "Yes."',
     "prompt_echo": "the reference beats the prompt's own text",
 }
 EQUAL_IS_RIGHT = {"padded"}
 GOOD = 4.0  # the lowest rating of a sample that is worth spoiling
-# Another number or name is often as good here, so no order of the two is known.
-FREE_CATEGORIES = {"advice", "brainstorm", "creative", "how_to"}
 
 
 @dataclass(frozen=True)
@@ -57,12 +47,12 @@ def probe_pairs(data: PreferenceData, split: str, seed: int = 0) -> list[ProbePa
     """Return the pairs of all probes, prompt by prompt.
 
     A prompt without a finished reference answer is skipped. A probe has no pair where it does not
-    apply: no facts to swap, no finished sample rated `GOOD` or better, one word only.
+    apply: no finished sample rated `GOOD` or better, one word only.
 
     Args:
         data: rated responses, some of source "reference".
         split: whose prompts are probed.
-        seed: of all choices: phrases, facts, and whose reference goes with which prompt.
+        seed: of all choices: phrases, and whose reference goes with which prompt.
     """
     references: dict[str, tuple[Group, str]] = {}
     good: defaultdict[str, list[str]] = defaultdict(list)
@@ -75,13 +65,12 @@ def probe_pairs(data: PreferenceData, split: str, seed: int = 0) -> list[ProbePa
             elif response.rating >= GOOD and response.text not in good[group.prompt_id]:
                 good[group.prompt_id].append(response.text)
     groups, texts = [g for g, _ in references.values()], [t for _, t in references.values()]
-    names = name_pool(texts)
     others = _derangement([group.category for group in groups], Random(seed))
     pairs = []
     for group, text, other in zip(groups, texts, others, strict=True):
         rng = Random(f"{seed} {group.prompt_id}")
         found = [("other_reference", text, texts[other], True)]
-        found += [(probe, text, *worse) for probe, *worse in _spoiled(group, text, names, rng)]
+        found += [(probe, text, *worse) for probe, *worse in _spoiled(group, text, rng)]
         for sample in good[group.prompt_id]:
             found.append(("repeated_sample", sample, repeat_end(sample), True))
         pairs += [
@@ -134,9 +123,7 @@ def run_probes(score: Score, pairs: Sequence[ProbePair], samples: int) -> pd.Dat
     return pd.DataFrame(rows, columns=columns)
 
 
-def _spoiled(
-    group: Group, text: str, names: Sequence[str], rng: Random
-) -> Iterator[tuple[str, str, bool]]:
+def _spoiled(group: Group, text: str, rng: Random) -> Iterator[tuple[str, str, bool]]:
     """Yield (probe, text, finished) of what is worse than a reference."""
     if half := first_half(text):
         yield "cut_half", half, False
@@ -148,8 +135,6 @@ def _spoiled(
     # "Yes." may be a good answer where the reference says so too.
     yield "empty_end", "." if text.lower().startswith("yes") else rng.choice((".", "Yes.")), True
     yield "prompt_echo", group.prompt[-1]["content"], True
-    if group.category not in FREE_CATEGORIES and (false := swap_facts(text, names, rng)):
-        yield "swapped_facts", false, True
 
 
 def _derangement(categories: Sequence[str | None], rng: Random) -> list[int]:

@@ -1,152 +1,19 @@
 """Probes: each spoiled text by hand, the counting, and how a reward goes with the form."""
 
 import re
-from random import Random
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from utils.config import DataConfig
 from utils.data import load_data
 from utils.evaluation import repetition
-from utils.perturbations import CLOSINGS, OPENINGS, first_half, name_pool, repeat_end, swap_facts
-from utils.probes import FREE_CATEGORIES, PROBES, ProbePair, probe_pairs, run_probes
+from utils.perturbations import CLOSINGS, OPENINGS, first_half, repeat_end
+from utils.probes import PROBES, ProbePair, probe_pairs, run_probes
 from utils.reward_form import reward_and_form
 from utils.sources import Group, PreferenceData, Response
-
-NAMES = ["Oslo", "Ada", "Lima", "Nairobi", "Quito", "Mary"]
-FACTS = "The race in Paris ran 42 km on Friday, and Anna won it in 1984 after two falls."
-
-
-def swapped(text, seed=0, names=NAMES):
-    return swap_facts(text, names, Random(seed))
-
-
-# Falsified texts
-
-
-@pytest.mark.parametrize(
-    ("text", "pattern"),
-    [
-        ("It takes 42 minutes.", r"It takes [1-35-9]2 minutes\."),
-        ("It costs $1,250.75 now.", r"It costs \$[2-9],250\.75 now\."),
-        ("An egg is 0.05 euros.", r"An egg is 0\.0[1-46-9] euros\."),
-        ("About 16 km.", r"About 1[1-57-9] km\."),
-        ("Take 3 eggs.", r"Take [24-9] eggs\."),
-        ("In 1969 and the 1970s.", r"In 19[1-4]9 and the 19[2-5]0s\."),
-        ("They fought in 1885-86.", r"They fought in 1[89](?!8)(?P<d>\d)5-(?P=d)6\."),
-        ("Call at 6:30 or 9 pm.", r"Call at (?!6)\d+:30 or (?!9)\d+ pm\."),
-        ("Come on March 3rd.", r"Come on (?!March)[A-Z][a-z]+ (?!3rd)\d+(st|nd|rd|th)\."),
-        ("Two or three of them.", r"(?!Two)[A-Z][a-z]+ or (?!two|three)[a-z]+ of them\."),
-        ("Wait thirty minutes.", r"Wait (?!thirty)[a-z]+ty minutes\."),
-        ("We met on Fridays.", r"We met on (?!Fri)[A-Z][a-z]+days\."),
-        ("She left Paris's suburbs.", r"She left (Oslo|Ada|Lima|Nairobi|Quito|Mary)'s suburbs\."),
-        ("Dear Ms. Patel, hello.", r"Dear Ms\. (Oslo|Ada|Lima|Nairobi|Quito|Mary), hello\."),
-        ('It is called "Guernica" now.', r'It is called "[A-Z][a-z]+" now\.'),
-        ("I live in New York now.", r"I live in (Oslo|Ada|Lima|Nairobi|Quito|Mary) now\."),
-    ],
-)
-def test_a_fact_is_exchanged_for_another_of_its_form(text, pattern):
-    for seed in range(30):
-        false = swapped(text, seed)
-        assert re.fullmatch(pattern, false), false
-        assert false != text
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "Nothing to see here.",
-        "1. Wash it.\n2. Dry it.\n 10) Fold it.",  # the numbers of a list are no facts
-        "One of us has 1 key and 0 doors.",  # "5 key" would show
-        "Paris is nice. Rome too.\nLima!\n- Oslo\nHe said: Madrid.",  # capitals of sentences
-        '"It is all over, I am afraid," he said. "Never."',  # quotations are no terms
-        "Grandpa! May it last.",
-        "Use H2O, A4 and utf8 or 3D.",
-        "Wi-Fi and U-shaped things by NASA.",
-    ],
-)
-def test_a_text_without_facts_has_no_false_one(text):
-    assert swapped(text) is None
-
-
-def test_only_the_facts_change():
-    kept = re.compile(r"The race in \w+ ran \d2 km on \w+day, and \w+ won it in \d{3}4 after \w+ f")
-    for seed in range(20):
-        false = swapped(FACTS, seed)
-        assert kept.match(false), false
-        for fact in ("Paris", "42", "Friday", "Anna", "1984", "two"):
-            assert fact not in false
-
-
-def test_what_is_said_twice_is_exchanged_for_the_same():
-    false = swapped("If Anna has 42 and Tom 7, then Anna has 42 less 7 more than Tom.")
-    first, a, second, b = re.match(r"If (\w+) has (\d+) and (\w+) (\d),", false).groups()
-    rest = f"then {first} has {a} less {b} more than {second}."
-    assert false.endswith(rest)
-    assert len({first, second, "Anna", "Tom"}) == 4
-
-
-def test_several_numbers_keep_their_order():
-    for seed in range(30):
-        words = re.findall(r"\w+", swapped("two or three, 5 to 7, 30 to 50", seed))
-        order = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-        order += ["eleven", "twelve"]
-        assert order.index(words[0]) < order.index(words[2])
-        assert int(words[3]) < int(words[5])
-        assert int(words[6]) < int(words[8])
-
-
-def test_years_move_together_and_not_into_the_future():
-    for seed in range(30):
-        start, end = map(int, re.findall(r"\d+", swapped("From 1508 to 1512 only.", seed)))
-        assert end - start == 4
-        assert abs(start - 1508) in (20, 30, 40, 50)
-        assert int(swapped("Since 2011 at least.", seed)[6:10]) < 2011
-
-
-def test_a_replacement_is_never_in_the_text_already():
-    for seed in range(20):
-        false = swapped("We saw Oslo, then Lima and then Quito.", seed, [*NAMES, "quito"])
-        assert not re.search("oslo|lima|quito", false, re.IGNORECASE)
-    assert swapped("We saw Oslo and Lima.", names=["Oslo", "Lima"]) is None, "no name is left"
-    assert swapped("We saw Oslo.", names=[]) is None
-
-
-PLAIN = st.sampled_from(["the", "a", "small", "and,", "with;", "over", "they", "saw", "it"])
-FACT_WORDS = ["Oslo", "Bert", "7", "42", "1,000", "0.5", "1984", "1990s", "Friday", "July", "3rd"]
-TOKENS = st.sampled_from([*FACT_WORDS, "six", "Twenty", "8:15", "May"])
-
-
-@given(
-    st.lists(st.tuples(PLAIN, st.none() | TOKENS), min_size=1, max_size=12), st.integers(0, 10**6)
-)
-@settings(max_examples=150, deadline=None)
-def test_a_false_text_differs_in_facts_alone(parts, seed):
-    words = ["so"]
-    for plain, fact in parts:
-        words += [plain] if fact is None else [plain, fact]
-    false = swapped(" ".join(words), seed)
-    facts = [fact for _, fact in parts if fact is not None]
-    if false is None:
-        assert not facts
-        return
-    found = false.split(" ")
-    assert len(found) == len(words)
-    changed = {a for a, b in zip(words, found, strict=True) if a != b}
-    assert changed
-    assert changed <= set(facts), "a word that is no fact was changed"
-    assert swapped(" ".join(words), seed) == false, "not deterministic"
-
-
-def test_names_are_pooled_from_inside_of_sentences():
-    texts = ["Yes, Anna met Mr. Brown in New York. Later in May or on Monday she left Oslo."]
-    texts += ["Paris is big. A Night Walk, by Anna", "at night we walk"]
-    assert name_pool(texts) == ["Anna", "Brown", "New York", "Oslo"]
 
 
 # Cut and repeated texts
@@ -210,7 +77,6 @@ def test_each_probe_by_hand():
     opening, middle, closing = worse["padded"].split("\n\n")
     assert (opening in OPENINGS, middle, closing in CLOSINGS) == (True, text, True)
     assert worse["only_pleasantries"] == f"{opening} {closing}"
-    assert re.fullmatch(r"Answer [3-9] is in the town of Bergen\.", worse["swapped_facts"])
     assert worse["repeated_sample"] == "Well 2. Said so. Said so. Said so. Said so."
     assert worse["empty_end"] in (".", "Yes.")
     assert worse["prompt_echo"] == "question 2?"
@@ -221,7 +87,7 @@ def test_the_same_seed_makes_the_same_pairs():
     data = dataset(12)
     assert probe_pairs(data, "test", 1) == probe_pairs(data, "test", 1)
     first, second = probe_pairs(data, "test", 1), probe_pairs(data, "test", 2)
-    for probe in ("other_reference", "padded", "only_pleasantries", "empty_end", "swapped_facts"):
+    for probe in ("other_reference", "padded", "only_pleasantries", "empty_end"):
         texts = [[p.worse for p in pairs if p.probe == probe] for pairs in (first, second)]
         assert texts[0] != texts[1], f"{probe} does not read the seed"
         assert len(set(texts[0])) > 1
@@ -257,14 +123,6 @@ def test_another_reference_is_of_another_prompt_and_category():
     assert "other_reference" not in {p.probe for p in alone}
 
 
-def test_facts_are_left_alone_where_no_order_is_known():
-    for category in FREE_CATEGORIES:
-        pairs = probe_pairs(dataset(3, (category,)), "test")
-        assert pairs
-        assert "swapped_facts" not in {p.probe for p in pairs}
-    assert "swapped_facts" in {p.probe for p in probe_pairs(dataset(3, (None,)), "test")}
-
-
 def test_yes_is_no_empty_answer_where_it_is_the_right_one():
     turns = ({"role": "user", "content": "Is it?"},)
     reference = Response("Yes, it is.", 9.0, source="reference")
@@ -279,8 +137,7 @@ def test_the_pairs_of_the_embedded_set():
     texts = {(p.prompt_id, t) for p in pairs for t in (p.better, p.worse)}
     counts = pd.Series([p.probe for p in pairs]).value_counts()
     assert set(counts.index) == set(PROBES)
-    assert counts.drop(["swapped_facts", "repeated_sample"]).eq(59).all()
-    assert 10 < counts["swapped_facts"] < 59
+    assert counts.drop("repeated_sample").eq(59).all()
     assert len(texts) < 11 * 60, "scoring would take long"
     assert all(p.worse.strip() and (p.better, True) != (p.worse, p.worse_finished) for p in pairs)
 
@@ -300,7 +157,7 @@ def test_a_reward_for_length_falls_for_padding_and_repetition():
         assert found.right[probe] == 0, probe
         assert found.mean_gap[probe] < 0
     assert found.right[["cut_half", "cut_half_finished", "empty_end", "prompt_echo"]].eq(1).all()
-    assert found.right["swapped_facts"] == found.right["other_reference"] == 0.5, "a tie is half"
+    assert found.right["other_reference"] == 0.5, "a tie is half"
 
 
 def test_a_reward_for_the_end_token_does_not_see_missing_content():
@@ -324,8 +181,7 @@ def test_an_oracle_is_always_right():
     found = table(score)
     assert found.right.eq(1).all()
     assert found.low.eq(1).all()
-    assert found.n.drop("swapped_facts").eq(6).all()
-    assert found.n["swapped_facts"] == 4, "the answers 0 and 1 have no number to exchange"
+    assert found.n.eq(6).all()
 
 
 def test_each_text_is_scored_once_and_the_gap_is_in_standard_deviations():
