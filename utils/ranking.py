@@ -10,7 +10,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from utils.config import ReinforceConfig
 from utils.data import Group
 from utils.intervals import cluster_draws, clustered_interval, percentile_interval
 from utils.losses import (
@@ -20,6 +19,7 @@ from utils.losses import (
     rating_entropy,
     rating_spread,
 )
+from utils.readouts import rating_minus_spread
 from utils.rewards import reward_from_logits
 
 Row = Mapping[str, Any]  # of a run's samples.jsonl
@@ -28,28 +28,9 @@ CRITERIA: dict[str, Criterion] = {
     "mean": lambda rows, logits: reward_from_logits(logits),
     "random": lambda rows, logits: torch.zeros(len(rows)),
     "best": lambda rows, _: torch.tensor([row["rating"] for row in rows], dtype=torch.float64),
-    "quantile_25": lambda rows, logits: rating_quantile(logits, 0.25),
-    "quantile_10": lambda rows, logits: rating_quantile(logits, 0.10),
-    "mean_minus_half_spread": lambda _, z: expected_rating(z) - 0.5 * rating_spread(z),
-    "mean_minus_spread": lambda _, z: expected_rating(z) - rating_spread(z),
-    "beats_sft": lambda rows, logits: _beats_sft(rows, logits),
+    "mean_minus_spread": lambda rows, logits: rating_minus_spread(logits),
 }
 TIE = 1e-5  # logits are kept to five decimals, so smaller differences are rounding
-
-
-def rating_quantile(logits: Tensor, share: float) -> Tensor:
-    """Rating below which `share` (0..1) of the distribution lies; (..., classes) -> (...).
-
-    The bare quantile is one of ten classes, so most responses would tie. Here a class spreads its
-    probability evenly over half a point to either side, which leaves the mean as it is; the
-    cumulative distribution is a straight line in between, and the result within .5..classes + .5.
-    """
-    p = logits.double().softmax(-1)
-    reached = p.cumsum(-1)
-    # The class in which the share is reached; the clamps are for rounding at share = 1.
-    at = (reached < share).sum(-1, keepdim=True).clamp_max(p.shape[-1] - 1)
-    missing = share - (reached - p).gather(-1, at)
-    return (at + 0.5 + (missing / p.gather(-1, at)).clamp(0, 1)).squeeze(-1)
 
 
 def doubt_scores(first: Tensor, second: Tensor) -> dict[str, np.ndarray]:
@@ -136,9 +117,7 @@ def pick_of_n(rows: Sequence[Row], groups: Sequence[Group], samples: int) -> pd.
     rating are left out. Responses tied for the highest score count in equal parts.
 
     The criteria are `mean`, the reward; `random`, a tie of all, so its exact expectation; `best`,
-    the given rating; `quantile_..`, see `rating_quantile`; `mean_minus_..`; and `beats_sft`,
-    P(rated higher than an SFT sample), a tie half: than those at the training temperature in the
-    prompt's other batch or, without any, of all other prompts, averaged.
+    the given rating; and `mean_minus_spread`.
 
     Args:
         rows: a ten-class run's `samples.jsonl`.
@@ -157,8 +136,6 @@ def pick_of_n(rows: Sequence[Row], groups: Sequence[Group], samples: int) -> pd.
 
     def picked(name: str) -> np.ndarray:
         scores = CRITERIA[name](rows, logits).numpy()
-        if np.isnan(scores[np.concatenate(candidates)]).any():
-            raise ValueError(f"{name} is NaN; beats_sft needs samples at the training temperature")
         return np.array([_pick(scores[indices], ratings[indices]) for indices in candidates]).T
 
     table, by_mean = [], picked("mean")[0]
@@ -208,17 +185,3 @@ def _candidates(rows: Sequence[Row], groups: Sequence[Group]) -> list[list[int]]
 def _pick(scores: np.ndarray, ratings: np.ndarray) -> tuple[float, float]:
     tied = ratings[scores >= scores.max() - TIE]
     return float(tied.mean()), float((tied == ratings.max()).mean())
-
-
-def _beats_sft(rows: Sequence[Row], logits: Tensor) -> Tensor:
-    log_p = logits.log_softmax(-1)
-    prompt, batch = (np.array([row[name] for row in rows]) for name in ("prompt_id", "batch"))
-    sft = np.array([row["temperature"] == ReinforceConfig.temperature for row in rows])
-    rivals = []
-    for own, side in zip(prompt, batch, strict=True):
-        there = sft & (prompt == own) & (batch != side)
-        there = there if there.any() else sft & (prompt != own)
-        # Normalised when compared; NaN comes of no rival at all.
-        rivals.append(log_p[torch.from_numpy(there)].logsumexp(0))
-    win, tie, _ = outcome_probabilities(logits, torch.stack(rivals)).unbind(-1)
-    return win + tie / 2

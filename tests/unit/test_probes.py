@@ -15,7 +15,6 @@ from utils.probes import PROBES, ProbePair, probe_pairs, run_probes
 from utils.reward_form import reward_and_form
 from utils.sources import Group, PreferenceData, Response
 
-
 # Cut and repeated texts
 
 
