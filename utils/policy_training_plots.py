@@ -100,10 +100,10 @@ def baselines_figure(logs: Logs, title: str) -> Figure:
 def frontier(
     table: pd.DataFrame, best_of_n: pd.DataFrame, averages: pd.DataFrame, title: str
 ) -> Figure:
-    """Show what each arm gains per KL, by its own reward model and the judge, and where they part.
+    """Show what each arm gains per KL, by its own reward model and the judge.
 
     Both are gains over SFT on the same prompts, since the curves are measured on the validation
-    prompts and best of n on the test prompts. A star is the judge's highest point.
+    prompts and best of n on the test prompts.
 
     Args:
         table: of `frontier_table`; a panel per arm, means over seeds, thin each seed.
@@ -138,7 +138,6 @@ def frontier(
         ax.set_visible(False)
     for ls, marker, name in (("-", "o", "own reward model"), ("--", "s", "judge")):
         axes[0].plot([], [], ls=ls, marker=marker, ms=4, color=look.DARK, label=name)
-    axes[0].plot([], [], "*", ms=12, color=look.DARK, label="judge's highest")
     if len(averages):
         text = "average of the seeds, scaled (hollow: judge)"
         axes[0].plot([], [], "^-", ms=5, lw=1, color=look.DARK, label=text)
@@ -162,8 +161,6 @@ def _frontier_lines(ax: Axes, runs: pd.DataFrame, color: str) -> None:
     ax.fill_between(x, mean["reward"], mean["judge"], color=color, alpha=0.12, lw=0)
     ax.plot(x, mean["reward"], "o-", color=color, lw=2, ms=4)
     ax.plot(x, mean["judge"], "s--", color=color, lw=2, ms=4)
-    top = mean[mean["judge"] == mean["judge"].max()].head(1)  # none where there is no judge
-    ax.plot(top["sqrt_kl"], top["judge"], "*", ms=13, color=color, mec="white", zorder=4)
 
 
 def _best_of_n(ax: Axes, picks: pd.DataFrame) -> None:

@@ -15,7 +15,6 @@ from utils.policy_logs import (
     frontier_table,
     missing_logs,
     missing_trials,
-    peak_table,
     readout_table,
     training_logs,
     trial_table,
@@ -23,7 +22,6 @@ from utils.policy_logs import (
 from utils.policy_training_words import (
     baseline_words,
     curve_words,
-    peak_words,
     scaling_words,
 )
 from utils.profiles import with_fields
@@ -230,7 +228,7 @@ def test_gains_of_the_curves_in_words():
     ]
 
 
-def test_frontier_and_where_it_parts():
+def test_frontier():
     logs = {
         "ordinal_cautious": {0: curve([0.0, 1, 2, 3], [0.0, 2, 2, 1])},
         "scalar": {
@@ -246,22 +244,11 @@ def test_frontier_and_where_it_parts():
     assert table["sqrt_kl"][2] == pytest.approx(math.sqrt(3.99))
     columns = ["reward", "reward_low", "reward_high", "judge", "length"]
     assert table.loc[3, columns].tolist() == [3, 2.5, 3.5, 1, 47]
-    ordinal, second, tenth = peak_table(table).to_dict("records")
-    assert (ordinal["reward_step"], ordinal["judge_step"]) == (6, 2), "the first of equal maxima"
-    maxima = ("judge_max", "judge_at_reward_max", "judge_last")
-    assert [ordinal[name] for name in maxima] == [2, 1, 1]
-    assert ordinal["judge_kl"] == pytest.approx(0.99)
-    assert [row["parted"] for row in (ordinal, second, tenth)] == [True, False, False]
-    first, other = peak_words(peak_table(table)).split("\n")
-    assert "part in 1 of 1 runs; from its highest point to the end the judge loses 1.00." in first
-    assert "part in 0 of 2 runs" in other
-    assert other.endswith("the judge loses 0.00, 0.00.")
 
 
 def test_no_frontier_without_runs_or_a_judge():
     table = frontier_table({"scalar": {}})
     assert table.empty
-    assert peak_words(peak_table(table)) == "No run is published yet."
     log = curve([0.0], [0.0]).drop(columns="eval_judge")
     with pytest.raises(ResultsError, match="cpu-align_scalar_s0 was not evaluated by the judge"):
         frontier_table({"scalar": {0: log}})
