@@ -70,12 +70,14 @@ def pair_rows(run: Run, pairs: Sequence[Pair]) -> pd.DataFrame:
         log P(chosen beats rejected), a tie being no win; `p` is that probability given that the
         two do not tie.
     """
-    rows = {
-        (row["prompt_id"], row["batch"], row["place"]): row
-        for row in read_jsonl(run.directory / "samples.jsonl")
-    }
-    better = pd.DataFrame([rows[response_key(pair, pair.chosen)] for pair in pairs])
-    worse = pd.DataFrame([rows[response_key(pair, pair.rejected)] for pair in pairs])
+    scored = pd.DataFrame(read_jsonl(run.directory / "samples.jsonl"))
+    keys = zip(scored["prompt_id"], scored["batch"], scored["place"], strict=True)
+    row_of = {key: row for row, key in enumerate(keys)}
+    better, worse = (
+        scored.iloc[[row_of[response_key(pair, getattr(pair, side))] for pair in pairs]]
+        for side in ("chosen", "rejected")
+    )
+    better, worse = better.reset_index(drop=True), worse.reset_index(drop=True)
     frame = better[["prompt_id", "category", "prompt"]].copy()
     frame["gap"] = better["rating"] - worse["rating"]
     frame["between_samples"] = [pair.between_samples for pair in pairs]

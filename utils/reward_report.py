@@ -13,17 +13,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from utils.calibration import expected_calibration_error
 from utils.data import load_data
 from utils.intervals import clustered_interval, named
-from utils.losses import bradley_terry_loss, rating_pair_loss
 from utils.profiles import PROFILES
 from utils.published_runs import PROFILE
 from utils.results import ResultsError, Run, read_jsonl
-from utils.reward_runs import pair_frame, seed_frames, study_arms
-from utils.rewards import KINDS
+from utils.reward_runs import ArmRuns, seed_frames, study_arms
 from utils.rules import TEXT_RULES
 from utils.sources import Pair
 from utils.study import ARMS
@@ -52,11 +49,11 @@ def accuracy_table(
         and `nll_untied` (given that there is no tie: the kinds compare); `ece`, the calibration
         error, a mean over the seeds; `accuracy_sd` between seeds, blank for one;
         `gap_1`, `gap_2` and `gap_3`, accuracy at a rating gap of up to 1, up to 2, and more;
-        `nll_constant`, what the best constant output pays; and `minutes` of training, mean over
-        the seeds that were trained on more than one thread; blank if none.
+        and `minutes` of training, mean over the seeds that were trained on more than one thread;
+        blank if none.
     """
     found = study_arms(results, arms, pairs)
-    return pd.DataFrame([_accuracy_row(arm, found[arm], pairs, samples) for arm in found])
+    return pd.DataFrame([_accuracy_row(arm, found[arm], samples) for arm in found])
 
 
 def category_table(
@@ -64,8 +61,8 @@ def category_table(
 ) -> pd.DataFrame:
     """Return accuracy by category, in rows of arm, category, value, low, high and n (pairs)."""
     rows = []
-    for arm, runs in study_arms(results, arms, pairs).items():
-        for category, part in pair_frame(runs, pairs).groupby("category"):
+    for arm, seeds in study_arms(results, arms, pairs).items():
+        for category, part in seeds.averaged().groupby("category"):
             found = clustered_interval(part["correct"], part["prompt_id"], samples)
             rows.append({"arm": arm, "category": category, **found})
     return pd.DataFrame(rows)
@@ -80,12 +77,13 @@ def learning_curve_table(results: Path, pairs: Sequence[Pair], samples: int) -> 
     """
     arms = [f"{arm}{share}" for arm in CURVES for share in SHARES]
     rows = []
-    for arm, runs in study_arms(results, arms, pairs, across_sizes=True).items():
-        config, frame = runs[0].info["config"], pair_frame(runs, pairs)
+    for arm, seeds in study_arms(results, arms, pairs, across_sizes=True).items():
+        config, frame = seeds.runs[0].info["config"], seeds.averaged()
         prompts = config["data.train_prompts"]
         if prompts is None:
             prompts = len(load_data(PROFILES[PROFILE].data).prompts("train"))
-        row = {"arm": arm, "kind": config["kind"], "prompts": prompts, "seeds": len(runs)}
+        row = {"arm": arm, "kind": config["kind"], "prompts": prompts}
+        row["seeds"] = len(seeds.runs)
         parts = frame, frame[frame["between_samples"]]
         for name, part in zip(PAIRS.values(), parts, strict=True):
             found = clustered_interval(part["correct"], part["prompt_id"], samples)
@@ -115,8 +113,8 @@ def difference_table(
     base = found.pop(reference)
     rows = [
         {"arm": arm, "label": ARMS[arm].label, "reference": reference}
-        | _difference(arm, runs, reference, base, pairs, samples)
-        for arm, runs in found.items()
+        | _difference(arm, seeds, reference, base, samples)
+        for arm, seeds in found.items()
     ]
     ends = [f"{name}{end}" for name in (*PAIRS, "nll") for end in ("", "_low", "_high")]
     return pd.DataFrame(rows, columns=["arm", "label", "reference", "seeds", *ends])
@@ -162,28 +160,26 @@ def versus_rules(
         if accuracies.isna().all():  # no pair is known to be between samples
             continue
         best = accuracies.idxmax()
-        for arm, runs in found.items():
-            frame = pair_frame(runs, pairs)[there]
+        for arm, seeds in found.items():
+            frame = seeds.averaged()[there]
             change = frame.assign(difference=frame["correct"] - rules.loc[there, best])
-            row = {"arm": arm, "label": ARMS[arm].label, "seeds": len(runs), "pairs": name}
+            row = {"arm": arm, "label": ARMS[arm].label, "seeds": len(seeds.runs), "pairs": name}
             row |= {"rule": best, "accuracy": frame["correct"].mean()}
             row |= {"rule_accuracy": accuracies[best]}
             rows.append(row | _interval("difference", change, "difference", samples))
     return pd.DataFrame(rows)
 
 
-def _accuracy_row(
-    arm: str, runs: Sequence[Run], pairs: Sequence[Pair], samples: int
-) -> dict[str, Any]:
-    frame, kind = pair_frame(runs, pairs), runs[0].info["config"]["kind"]
+def _accuracy_row(arm: str, seeds: ArmRuns, samples: int) -> dict[str, Any]:
+    runs, frame = seeds.runs, seeds.averaged()
     # Rounded first: on a mapped scale a gap of 1 may be a hair above it.
     gaps = np.ceil(frame["gap"].round(6)).clip(upper=3)
-    accuracies = pd.Series(rows["correct"].mean() for rows in seed_frames(runs, pairs))
-    errors = [expected_calibration_error(frame[f"p_{run.info['seed']}"], BINS) for run in runs]
+    accuracies = pd.Series(rows["correct"].mean() for rows in seeds.frames)
+    errors = [expected_calibration_error(rows["p"], BINS) for rows in seeds.frames]
     return {
         "arm": arm,
         "label": ARMS[arm].label,
-        "kind": kind,
+        "kind": runs[0].info["config"]["kind"],
         "seeds": len(runs),
         **_accuracies(frame, samples),
         **_interval("reference_pairs", frame[~frame["between_samples"]], "correct", samples),
@@ -191,7 +187,6 @@ def _accuracy_row(
         **{f"gap_{gap}": frame.loc[gaps == gap, "correct"].mean() for gap in (1, 2, 3)},
         **_interval("nll", frame, "nll", samples),
         **_interval("nll_untied", frame, "nll_untied", samples),
-        "nll_constant": _constant_loss(kind),
         "ece": np.mean(errors),
         "minutes": _minutes(runs),
     }
@@ -204,24 +199,16 @@ def _minutes(runs: Sequence[Run]) -> float:
 
 
 def _difference(
-    arm: str,
-    runs: Sequence[Run],
-    reference: str,
-    base: Sequence[Run],
-    pairs: Sequence[Pair],
-    samples: int,
+    arm: str, own: ArmRuns, reference: str, base: ArmRuns, samples: int
 ) -> dict[str, Any]:
-    shared = {run.info["seed"] for run in runs} & {run.info["seed"] for run in base}
+    shared = set.intersection(*({run.info["seed"] for run in side.runs} for side in (own, base)))
     if not shared:
         raise ResultsError(f"{arm!r} and {reference!r} have no seed in common: train one of both")
-    first, second = (
-        pair_frame([run for run in side if run.info["seed"] in shared], pairs)
-        for side in (runs, base)
-    )
+    first, second = (side.of_seeds(shared).averaged() for side in (own, base))
     change = first[["prompt_id", "between_samples"]].copy()
     change[["correct", "nll"]] = first[["correct", "nll"]] - second[["correct", "nll"]]
     nll = dict.fromkeys(("nll", "nll_low", "nll_high"), math.nan)
-    if runs[0].info["config"]["kind"] == base[0].info["config"]["kind"]:
+    if ARMS[arm].kind == ARMS[reference].kind:
         nll = _interval("nll", change, "nll", samples)
     return {"seeds": len(shared), **_accuracies(change, samples), **nll}
 
@@ -236,9 +223,3 @@ def _accuracies(frame: pd.DataFrame, samples: int) -> dict[str, float]:
 
 def _interval(name: str, frame: pd.DataFrame, column: str, samples: int) -> dict[str, float]:
     return named(name, clustered_interval(frame[column], frame["prompt_id"], samples))
-
-
-def _constant_loss(kind: str) -> float:
-    """Return -log P(chosen wins) of the best output that is the same for every response."""
-    flat = torch.zeros(1, KINDS[kind])
-    return (rating_pair_loss if KINDS[kind] > 1 else bradley_terry_loss)(flat, flat).item()

@@ -5,19 +5,40 @@ An arm is one way to train a reward model, a run is one seed of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from utils.published_runs import seed_runs
-from utils.results import ResultsError, Run, stored
+from utils.results import ResultsError, Run
 from utils.reward_evaluation import pair_rows
 from utils.sources import Pair
 
-# By file: when it was written, the pairs, and their rows. Several tables need the same runs.
-_rows: dict[Path, tuple[int, tuple[Pair, ...], pd.DataFrame]] = {}
+
+class ArmRuns(NamedTuple):
+    """The seeds of an arm."""
+
+    runs: list[Run]
+    frames: list[pd.DataFrame]  # of each run, the rows of `pair_rows`
+
+    def of_seeds(self, seeds: Collection[int]) -> ArmRuns:
+        """Return those with these seeds."""
+        kept = [(r, f) for r, f in zip(*self, strict=True) if r.info["seed"] in seeds]
+        return ArmRuns(*map(list, zip(*kept, strict=True)))
+
+    def averaged(self) -> pd.DataFrame:
+        """Average the seeds, pair by pair; see `pair_frame`."""
+        columns = ["prompt_id", "category", "prompt", "gap", "between_samples"]
+        table = self.frames[0][[*columns, "chosen", "rejected"]].copy()
+        table["correct"] = np.mean([frame["correct"] for frame in self.frames], axis=0)
+        table["nll"] = -np.mean([frame["log_p"] for frame in self.frames], axis=0)
+        table["nll_untied"] = -np.mean([np.log(frame["p"]) for frame in self.frames], axis=0)
+        for run, frame in zip(*self, strict=True):
+            table[f"p_{run.info['seed']}"] = frame["p"]
+        return table
 
 
 def study_runs(results: Path, arm: str) -> list[Run]:
@@ -34,8 +55,8 @@ def study_arms(
     arms: Iterable[str],
     pairs: Sequence[Pair],
     across_sizes: bool = False,
-) -> dict[str, list[Run]]:
-    """Return the runs of each arm that has some, once it is sure that they compare.
+) -> dict[str, ArmRuns]:
+    """Return the runs of each arm that has some, and their rows, once it is sure they compare.
 
     Args:
         results: the folder of published runs.
@@ -61,8 +82,8 @@ def study_arms(
                 f"(fingerprints {prints[0]} and {prints[1]}) and do not compare: train both on the "
                 "same and publish them again, or leave one out"
             )
-    seed_frames(everything, pairs)
-    return found
+    frames = iter(seed_frames(everything, pairs))
+    return {arm: ArmRuns(runs, [next(frames) for _ in runs]) for arm, runs in found.items()}
 
 
 def seed_frames(runs: Sequence[Run], pairs: Sequence[Pair]) -> list[pd.DataFrame]:
@@ -72,7 +93,12 @@ def seed_frames(runs: Sequence[Run], pairs: Sequence[Pair]) -> list[pd.DataFrame
         ResultsError: naming two runs that scored different responses, or one that scored others
             than the pairs'.
     """
-    frames = [_pair_rows(run, pairs) for run in runs]
+    frames = []
+    for run in runs:
+        try:
+            frames.append(pair_rows(run, pairs))
+        except KeyError as error:
+            raise ResultsError(_other_pairs(run)) from error
     same = ["prompt_id", "chosen", "rejected", "gap"]
     for run, frame in zip(runs, frames, strict=True):
         if not frame[same].equals(frames[0][same]):
@@ -94,26 +120,7 @@ def pair_frame(runs: Sequence[Run], pairs: Sequence[Pair]) -> pd.DataFrame:
         over the seeds of `correct`, `nll` (-log P(chosen wins)) and `nll_untied` (the same, given
         that there is no tie); and that probability, given no tie, of each seed: `p_<seed>`.
     """
-    frames = seed_frames(runs, pairs)
-    columns = ["prompt_id", "category", "prompt", "gap", "between_samples", "chosen", "rejected"]
-    table = frames[0][columns].copy()
-    table["correct"] = np.mean([frame["correct"] for frame in frames], axis=0)
-    table["nll"] = -np.mean([frame["log_p"] for frame in frames], axis=0)
-    table["nll_untied"] = -np.mean([np.log(frame["p"]) for frame in frames], axis=0)
-    for run, frame in zip(runs, frames, strict=True):
-        table[f"p_{run.info['seed']}"] = frame["p"]
-    return table
-
-
-def _pair_rows(run: Run, pairs: Sequence[Pair]) -> pd.DataFrame:
-    path = stored(run.directory / "samples.jsonl")
-    written, wanted = path.stat().st_mtime_ns, tuple(pairs)
-    if path not in _rows or _rows[path][:2] != (written, wanted):
-        try:
-            _rows[path] = (written, wanted, pair_rows(run, pairs))
-        except KeyError as error:
-            raise ResultsError(_other_pairs(run)) from error
-    return _rows[path][2]
+    return ArmRuns([*runs], seed_frames(runs, pairs)).averaged()
 
 
 def _other_pairs(run: Run) -> str:
