@@ -19,8 +19,9 @@ from utils.data import Prompt
 from utils.distributed import own_rows, processes
 from utils.estimator import BASELINES, NoBaseline
 from utils.glossary import GLOSSARY
+from utils.memory import BatchSize
 from utils.results import Run
-from utils.rollout import Rollout, sample, sampling_noise
+from utils.rollout import DECODED, READ, Rollout, batches, sample, sampling_noise
 from utils.step_metrics import measure_step
 from utils.update import PolicyUpdate
 from utils.weights import encode_prompt
@@ -68,9 +69,8 @@ def train_policy(
 ) -> None:
     """Align a policy in place; goes on from the run's last good checkpoint if there is one.
 
-    Under `accelerate launch`, each process samples and scores its part of a step's prompts; the
-    baseline and the logged numbers are those of the whole step, and the first process writes. An
-    evaluation above `config.kl_budget` ends the training with the policy of the one before it.
+    Under `accelerate launch` each process has a part of a step; baseline and log are of the whole.
+    An evaluation above `config.kl_budget` ends the training with the policy of the one before it.
 
     Args:
         policy: the language model with a trainable adapter; its reference is the adapter disabled.
@@ -89,23 +89,22 @@ def train_policy(
     optimizer = _optimizer(policy, config)
     baseline = BASELINES[config.baseline](config)
     update = PolicyUpdate(policy, optimizer, config, tokenizer.pad_token_id)
+    decoded, read = batches("decoded", DECODED), batches("read", READ)
     done = _open(run, policy, optimizer, baseline, evaluate, config)
     for step in range(done + 1, config.steps + 1):
         start = time.time()
         batch = step_prompts(prompts, step, config.prompts_per_step, seed, config.num_generations)
         own = own_rows(len(batch))
         own_batch = [batch[row] for row in own]
-        rollout = _rollout(policy, tokenizer, batch, own, config, seed * 100_003 + step)
+        rollout = _rollout(policy, tokenizer, batch, own, config, seed * 100_003 + step, decoded)
         rewards = reward_of(own_batch, rollout)
-        measured = measure_step(policy, tokenizer, rollout, rewards, own, config)
+        measured = measure_step(policy, tokenizer, rollout, rewards, own, config, read)
         objective = measured.objective(config.beta)
         base = baseline.value(objective)
         advantage = objective - base
-        rate = config.learning_rate * min(1.0, step / max(1, config.warmup_steps))
-        row = EMPTY | {"step": step, "learning_rate": rate}
-        row |= measured.metrics(objective, base, advantage)
+        row = EMPTY | {"step": step} | measured.metrics(objective, base, advantage)
         _check(row, config, run)
-        row |= update.step(rollout, advantage[list(own)], len(batch), rate)
+        row |= update.step(rollout, advantage[list(own)], len(batch), _rate(step, config))
         _check(row, config, run)
         baseline.update(objective)
         row |= {"seconds": time.time() - start} | _held_out(step, config, evaluate)
@@ -144,6 +143,11 @@ def _open(
     return done
 
 
+def _rate(step: int, config: ReinforceConfig) -> float:
+    """Return the learning rate, which rises to its value over the first steps."""
+    return config.learning_rate * min(1.0, step / max(1, config.warmup_steps))
+
+
 def _evaluates(step: int, config: ReinforceConfig) -> bool:
     return step % config.eval_steps == 0 or step == config.steps
 
@@ -167,11 +171,12 @@ def _rollout(
     own: range,
     config: ReinforceConfig,
     seed: int,
+    decoded: BatchSize,
 ) -> Rollout:
     """Sample this process's rows; the noise is that of the whole batch, however it is shared."""
     ids = [encode_prompt(tokenizer, batch[row].messages) for row in own]
     noise = sampling_noise(seed, len(batch), config.max_completion_length)
-    return sample(policy, tokenizer, ids, noise[list(own)], config.temperature)
+    return sample(policy, tokenizer, ids, noise[list(own)], config.temperature, decoded)
 
 
 def _check(row: dict[str, Any], config: ReinforceConfig, run: Run) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from peft import PeftModel
@@ -17,7 +16,7 @@ from utils.memory import BatchSize
 from utils.models import device
 from utils.weights import pad_right
 
-DECODED = 32  # sequences that are sampled together, if the caller does not say
+DECODED, READ = 32, 16  # sequences that are sampled, or read, together if the caller does not say
 LOGIT_ROWS = 256  # positions whose full-vocabulary logits are held at once: 50 MB in fp32
 
 
@@ -87,7 +86,7 @@ def sample(
     prompt_ids: Sequence[Sequence[int]],
     noise: Tensor,
     temperature: float,
-    batch_size: int = DECODED,
+    batch_size: int | BatchSize = DECODED,
 ) -> Rollout:
     """Sample one completion per row, without top-k or top-p: the sampler is the policy.
 
@@ -97,7 +96,8 @@ def sample(
         prompt_ids: templated prompts, one list of token ids per row.
         noise: from `sampling_noise`, shape (rows, longest completion in tokens).
         temperature: 0 is greedy.
-        batch_size: rows that are decoded together; shorter prompts first, to pad little.
+        batch_size: rows that are decoded together, shorter prompts first, to pad little; a caller
+            that keeps one of `batches` finds out only once what memory allows.
     """
     order = sorted(range(len(prompt_ids)), key=lambda index: len(prompt_ids[index]))
     completions: list[list[int]] = [[] for _ in order]
@@ -110,7 +110,7 @@ def sample(
             for row, tokens in zip(rows, drawn, strict=True):
                 completions[row] = tokens
 
-    _together("decoded", batch_size).run(decode)
+    batches("decoded", batch_size).run(decode)
     return Rollout(
         prompt_ids=[list(ids) for ids in prompt_ids],
         completion_ids=completions,
@@ -158,7 +158,11 @@ def completion_logprobs(
 
 
 def batched_logprobs(
-    model: PeftModel, rollout: Rollout, temperature: float, pad_token_id: int, batch_size: int = 16
+    model: PeftModel,
+    rollout: Rollout,
+    temperature: float,
+    pad_token_id: int,
+    batch_size: int | BatchSize = READ,
 ) -> tuple[Tensor, Tensor]:
     """`completion_logprobs` of a whole rollout without gradient, in batches of like length."""
     log_probs, entropies = torch.empty(len(rollout)), torch.empty(len(rollout))
@@ -175,13 +179,13 @@ def batched_logprobs(
             log_probs[rows], entropies[rows] = log_prob.cpu(), entropy.cpu()
 
     with torch.no_grad():
-        _together("read", batch_size).run(measure)
+        batches("read", batch_size).run(measure)
     return log_probs, entropies
 
 
-@cache  # so that what memory allows is found out once
-def _together(what: str, size: int) -> BatchSize:
-    return BatchSize(f"sequences {what} together", size)
+def batches(what: str, size: int | BatchSize) -> BatchSize:
+    """Return what remembers how many sequences memory lets be "decoded" or "read" together."""
+    return size if isinstance(size, BatchSize) else BatchSize(f"sequences {what} together", size)
 
 
 def _parts(model: PeftModel) -> tuple[nn.Module, nn.Module]:

@@ -14,6 +14,7 @@ from utils.config import ReinforceConfig
 from utils.distributed import gather_rows
 from utils.estimator import kl_regularised
 from utils.evaluation import distinct_n
+from utils.memory import BatchSize
 from utils.rollout import Rollout, batched_logprobs
 
 
@@ -56,12 +57,13 @@ def measure_step(
     rewards: Tensor,
     own: range,
     config: ReinforceConfig,
+    read: BatchSize,
 ) -> Measured:
     """Compute the log-probabilities of this process's rows, and gather all rows."""
     pad = tokenizer.pad_token_id
-    log_probs, entropy = batched_logprobs(policy, rollout, config.temperature, pad)
+    log_probs, entropy = batched_logprobs(policy, rollout, config.temperature, pad, read)
     with policy.disable_adapter():
-        reference, _ = batched_logprobs(policy, rollout, config.temperature, pad)
+        reference, _ = batched_logprobs(policy, rollout, config.temperature, pad, read)
     finished = torch.tensor(rollout.finished, dtype=torch.float32)
     columns = [rewards, log_probs, reference, entropy, rollout.lengths(), finished]
     gathered = gather_rows(own, torch.stack(columns, dim=1)).unbind(1)

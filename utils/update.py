@@ -44,7 +44,7 @@ class PolicyUpdate:
     def step(
         self, rollout: Rollout, advantages: Tensor, rows: int, learning_rate: float
     ) -> dict[str, float]:
-        """Take one gradient step on the whole rollout and return its `loss` and `grad_norm`.
+        """Take one gradient step on the whole rollout and return what of it is logged.
 
         A step whose gradients overflow in fp16 is repeated with a smaller loss scale, so none is
         skipped. If the norm is not finite even then, the weights are left alone.
@@ -73,7 +73,7 @@ class PolicyUpdate:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return {"loss": loss, "grad_norm": norm}
+        return {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate}
 
     def _accumulate(self, rollout: Rollout, advantages: Tensor, rows: int, size: int) -> float:
         """Make the gradient of this process's part of the mean, in passes of like length."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from utils import models, rollout, update
 from utils.config import ReinforceConfig
-from utils.memory import MemoryTooSmall
+from utils.memory import BatchSize, MemoryTooSmall
 from utils.rollout import Rollout, batched_logprobs, sample, sampling_noise
 from utils.update import OVERFLOWS, PolicyUpdate
 
@@ -67,9 +67,7 @@ def drop(monkeypatch):
         monkeypatch.setattr(module, name, scarce)
         return failures
 
-    rollout._together.cache_clear()
-    yield install
-    rollout._together.cache_clear()
+    return install
 
 
 def trained(policy):
@@ -117,10 +115,10 @@ def test_sampling_in_smaller_batches_draws_the_same(policy, tokenizer, drop):
     noise = sampling_noise(0, 5, 6)
     expected = sample(policy, tokenizer, prompts, noise, 1.0, batch_size=5)
     failures = drop(rollout, "_decode", 2, lambda args: args[2])
-    found = sample(policy, tokenizer, prompts, noise, 1.0, batch_size=5)
-    assert found == expected
+    kept = BatchSize("sequences", 5)
+    assert sample(policy, tokenizer, prompts, noise, 1.0, kept) == expected
     assert failures == [5]
-    assert sample(policy, tokenizer, prompts, noise, 1.0, batch_size=5) == expected
+    assert sample(policy, tokenizer, prompts, noise, 1.0, kept) == expected
     assert failures == [5], "it tried the size that had failed once more"
 
 
