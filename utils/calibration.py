@@ -106,17 +106,15 @@ def squeeze(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         rows: of a ten-class run's `samples.jsonl`.
 
     Returns:
-        For `expected` and `given` ratings: `mean_*` and `sd_*` over responses, the quantiles
-        `q05_*` and `q95_*`, and `middle_*`, the share in [4, 6]; `slope` of expected on given and
-        `slope_back` of given on expected (NaN where one of them does not vary); and `n`.
+        For `expected` and `given` ratings: `mean_*` and `sd_*` over responses, and `middle_*`, the
+        share in [4, 6]; `slope` of expected on given and `slope_back` of given on expected (NaN
+        where one of them does not vary); and `n`.
     """
     frame = _ten_class(rows)
     shown = {"expected": frame["reward"].to_numpy(), "given": frame["rating"].to_numpy(float)}
     found: dict[str, float] = {}
     for name, values in shown.items():
         found |= {f"mean_{name}": float(values.mean()), f"sd_{name}": float(values.std())}
-        low, high = np.quantile(values, [0.05, 0.95])
-        found |= {f"q05_{name}": float(low), f"q95_{name}": float(high)}
         found[f"middle_{name}"] = float(np.mean((values >= MIDDLE[0]) & (values <= MIDDLE[1])))
     covariance = np.cov(*shown.values(), ddof=0)
     for name, variance in {"slope": covariance[1, 1], "slope_back": covariance[0, 0]}.items():

@@ -34,6 +34,7 @@ from utils.policy_runs import (
 from utils.policy_stats import outcomes, paired_gains, pick_weights, prompt_means
 from utils.targets import target_row
 
+PROXIES, PICKED_FROM = ("scalar", "ordinal"), (2, 4, 8, 16)  # who picks the best of n, and the n
 # What was hoped for: the column of the row that `target_table` reads it from, the side and bound.
 # "above" is about the interval, the others about the value.
 TARGETS = {
@@ -96,12 +97,7 @@ def seed_table(frames: Frames, samples: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def best_of_n_table(
-    frames: Frames,
-    samples: int,
-    proxies: Sequence[str] = ("scalar", "ordinal"),
-    ns: Sequence[int] = (2, 4, 8, 16),
-) -> pd.DataFrame:
+def best_of_n_table(frames: Frames, samples: int) -> pd.DataFrame:
     """Measure the best of n SFT samples by a reward model: what a policy must beat at its KL.
 
     The mean is exact over all subsets of n of a prompt's samples, see `pick_weights`. The KL
@@ -111,8 +107,6 @@ def best_of_n_table(
     Args:
         frames: of `policy_frames`.
         samples: bootstrap resamples.
-        proxies: the reward models that pick.
-        ns: how many samples to pick from; one gives the pool's mean.
 
     Returns:
         A row per proxy and n: proxy, n, `kl` (nats), `sqrt_kl`; with `_low` and `_high` the pick's
@@ -128,8 +122,8 @@ def best_of_n_table(
         return pool[column].to_numpy(dtype=float).reshape(prompts, -1)
 
     rows = []
-    for proxy in proxies:
-        for n in ns:
+    for proxy in PROXIES:
+        for n in PICKED_FROM:
             weights, kl = pick_weights(shaped(f"reward_{proxy}"), n), math.log(n) - (n - 1) / n
             row: dict[str, Any] = {"proxy": proxy, "n": n, "kl": kl, "sqrt_kl": math.sqrt(kl)}
             for name, column in (("reward", f"reward_{proxy}"), ("judge", JUDGE)):

@@ -12,7 +12,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from utils.data import DataError, Pair, PreferenceData, Response
-from utils.intervals import clustered_interval
+from utils.intervals import clustered_interval, named
 
 # The higher value wins; None: the rule has nothing to judge by.
 _VALUES: dict[str, Callable[[Response], float | None]] = {
@@ -158,9 +158,8 @@ def rules_table(data: PreferenceData, split: str, samples: int) -> pd.DataFrame:
         row = {"rule": name, "reads_text": name in TEXT_RULES}
         for prefix, judged in {"accuracy": correct, "model_pairs": correct[between]}.items():
             found = _interval(judged.dropna(), prompts, samples)
-            row |= {prefix: found["value"], f"{prefix}_low": found["low"]}
-            row |= {f"{prefix}_high": found["high"]}
-            row |= {"n" if prefix == "accuracy" else f"{prefix}_n": found["n"]}
+            row |= named(prefix, found)
+            row["n" if prefix == "accuracy" else f"{prefix}_n"] = found["n"]
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
@@ -14,7 +13,6 @@ from utils.calibration import (
     reliability,
     squeeze,
 )
-from utils.intervals import clustered_interval
 
 
 def bets(count, seed=0, believed=lambda c: c):
@@ -70,34 +68,6 @@ def test_the_error_of_an_overconfident_model_by_hand():
     assert expected_calibration_error(opposite, bins=1) == pytest.approx(0)
 
 
-def test_over_and_underconfidence_show():
-    clusters = prompts(3000)
-    over = bets(3000, believed=lambda c: 1 - (1 - c) / 3)
-    under = bets(3000, believed=lambda c: 0.5 + (c - 0.5) / 3)
-    table = reliability(over, clusters, 5, 10)
-    assert (table["accuracy"] < table["confidence"]).all()
-    assert (reliability(under, clusters, 5, 10).eval("accuracy - confidence") > 0).all()
-    gap = (table["n"] * (table["confidence"] - table["accuracy"])).sum() / 3000
-    assert expected_calibration_error(over, 5) == pytest.approx(gap)
-    assert gap > 0.1
-
-
-def test_the_other_side_of_each_pair_has_the_same_confidence():
-    p, clusters = bets(500), prompts(500)
-    here, there = (reliability(values, clusters, samples=300) for values in (p, 1 - p))
-    assert here["confidence"].to_numpy() == pytest.approx(there["confidence"].to_numpy())
-    assert here["n"].tolist() == there["n"].tolist()
-    assert here["accuracy"].to_numpy() == pytest.approx(1 - there["accuracy"].to_numpy())
-    assert here["low"].to_numpy() == pytest.approx(1 - there["high"].to_numpy())
-
-
-def test_order_does_not_matter():
-    p, clusters = np.round(bets(300), 1), np.array(prompts(300))
-    shuffled = np.random.default_rng(1).permutation(300)
-    moved = reliability(p[shuffled], clusters[shuffled], samples=100)
-    pd.testing.assert_frame_equal(reliability(p, clusters, samples=100), moved)
-
-
 def test_ties_share_a_bin():
     """Half of the pairs tie: cut by place, they would make bins that differ by chance only."""
     p = [0.8, 0.2] * 30 + list(np.linspace(0.81, 0.99, 60))
@@ -108,35 +78,6 @@ def test_ties_share_a_bin():
     assert table["n"].tolist() == [60, 12, 12, 12, 12, 12]
     constant = reliability([0.7, 0.3, 0.7], "abc", samples=50)  # 1 - .3 is not quite .7
     assert constant[["confidence", "n"]].values.tolist() == [pytest.approx([0.7, 3])]
-
-
-@pytest.mark.parametrize("count", [1, 2, 7, 10, 11])
-def test_few_pairs(count: int):
-    p = np.linspace(0.55, 0.95, count)
-    table = reliability(p, ["a"] * count, samples=20)
-    assert table["n"].sum() == count
-    assert len(table) == min(count, 10)
-    assert expected_calibration_error(p) == pytest.approx(np.mean(1 - p))
-
-
-def test_a_tossed_coin_is_half_right():
-    table = reliability([0.5, 0.5], ["a", "b"], samples=20)
-    assert table.iloc[0].tolist() == [0.5, 0.5, 0.5, 0.5, 2]
-    assert expected_calibration_error([0.5, 0.5]) == 0
-
-
-def test_chance_alone_makes_an_error():
-    """The docstring's number: 0.03 for a calibrated model with 1,450 pairs in ten bins."""
-    found = [expected_calibration_error(bets(1450, i)) for i in range(40)]
-    assert np.mean(found) == pytest.approx(0.03, abs=0.005)
-
-
-@pytest.mark.parametrize("p", [[], [0.3, np.nan], [-0.2], [1.7, 0.4]])
-def test_only_probabilities_are_taken(p: list[float]):
-    with pytest.raises(ValueError, match="column p"):
-        reliability(p, ["a"] * len(p))
-    with pytest.raises(ValueError, match="column p"):
-        expected_calibration_error(p)
 
 
 # Ratings
@@ -172,9 +113,8 @@ def test_squeeze_into_the_middle():
     assert found["sd_expected"] == pytest.approx(given.std() / 4)
     assert found["middle_given"] == pytest.approx(0.3)
     assert found["middle_expected"] == pytest.approx(0.9)  # ratings 1 to 9 become 4 to 6
-    assert [found["q05_given"], found["q95_given"]] == [1, 10]
-    assert [found["q05_expected"], found["q95_expected"]] == [4, 6.25]
     assert found["n"] == 200
+    assert np.isnan(squeeze(rated([1, 2, 3, 4], [5, 5, 5, 5]))["slope_back"])
 
 
 def test_a_calibrated_model_is_not_called_squeezed():
@@ -184,13 +124,6 @@ def test_a_calibrated_model_is_not_called_squeezed():
     found = squeeze(rated(expected + draw.normal(0, 1, 20000), expected))
     assert found["slope"] == pytest.approx(0.5, abs=0.02)
     assert found["slope_back"] == pytest.approx(1, abs=0.03)
-
-
-def test_a_constant_has_no_slope():
-    found = squeeze(rated([1, 2, 3, 4], [5, 5, 5, 5]))
-    assert found["slope"] == 0
-    assert np.isnan(found["slope_back"])
-    assert found["middle_expected"] == 1
 
 
 def unsure(count, honest=True, seed=0):
@@ -239,27 +172,9 @@ def test_the_rank_correlation_is_spearmans_in_each_resample():
     assert [rank["low"], rank["high"]] == pytest.approx(np.quantile(slow, [0.025, 0.975]))
 
 
-def test_no_variation_has_no_correlation():
-    table, rank = entropy_against_error(rated([1, 5, 9], [5, 5, 5]), 20)
-    assert len(table) == 1
-    assert np.isnan([rank["value"], rank["low"], rank["high"]]).all()
-
-
-def test_a_mean_by_quarter_has_the_usual_interval():
-    rows = unsure(80)
-    table, _ = entropy_against_error(rows, 100)
-    surest = sorted(rows, key=lambda row: -row["logits"][4])[:20]
-    errors = [abs(row["rating"] - 5) for row in surest]
-    usual = clustered_interval(errors, [row["prompt_id"] for row in surest], 100)
-    found = table.iloc[0]
-    assert [found["error"], found["low"]] == pytest.approx([usual["value"], usual["low"]])
-
-
-@pytest.mark.parametrize("measure", [rating_calibration, entropy_against_error])
-def test_a_scalar_run_has_no_ratings(measure):
+def test_what_has_no_calibration_is_refused():
+    with pytest.raises(ValueError, match="column p"):
+        reliability([1.7, 0.4], "aa")
     row = {"prompt_id": "a", "rating": 3.0, "reward": 0.2, "logits": [0.2]}
-    for rows in ([row], []):
-        with pytest.raises(ValueError, match="kind ordinal"):
-            measure(rows, 10)
     with pytest.raises(ValueError, match="kind ordinal"):
         squeeze([row])

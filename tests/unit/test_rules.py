@@ -10,7 +10,6 @@ import pytest
 from utils import rules
 from utils.config import DataConfig
 from utils.data import DataError, Group, Pair, PreferenceData, Response, load_data
-from utils.intervals import clustered_interval
 from utils.rules import (
     RULES,
     STRENGTHS,
@@ -96,32 +95,6 @@ def test_length_counts_characters():
     assert rule_accuracy([pair], "shorter") == (0.0, 1)
 
 
-def test_equal_temperatures_tie():
-    assert rule_accuracy([texts_pair("one", "two")], "cooler") == (0.5, 1)
-
-
-def test_no_pairs(bag):
-    for rule in ("longer", "cooler", bag):
-        share, judged = rule_accuracy([], rule)
-        assert math.isnan(share)
-        assert judged == 0
-
-
-def test_pairs_may_be_an_iterator():
-    assert rule_accuracy(iter([texts_pair("longer", "short")]), "longer") == (1.0, 1)
-
-
-@pytest.mark.parametrize("rule", ["shortest", "bag_of_words"])
-def test_unknown_rule(rule):
-    with pytest.raises(DataError, match=f"{rule}.*longer, shorter, finished, cooler.*bag_of_words"):
-        rule_correct([], rule)
-
-
-def test_what_no_reader_can_see_is_no_text_rule():
-    assert set(RULES) - set(TEXT_RULES) == {"cooler"}
-    assert set(TEXT_RULES) == {"longer", "shorter", "finished", "bag_of_words"}
-
-
 @pytest.mark.parametrize(
     ("rule", "samples_only", "share"),
     [
@@ -139,13 +112,6 @@ def test_embedded_rules(embedded, rule, samples_only, share):
     assert count == len(pairs)
 
 
-def test_cooler_skips_pairs_with_a_reference(embedded):
-    correct = rule_correct(embedded.pairs("test"), "cooler")
-    between = [pair.between_samples for pair in embedded.pairs("test")]
-    assert correct.notna().tolist() == between
-    assert rule_accuracy(embedded.pairs("test"), "cooler")[1] == 949
-
-
 # The bag of words
 
 
@@ -155,18 +121,6 @@ def test_a_planted_word_is_learnt(bag):
     weights = dict(zip(bag.vectorizer.get_feature_names_out(), bag.weights, strict=True))
     assert max(weights, key=weights.get) == "good"
     assert min(weights, key=weights.get) == "bad"
-
-
-def test_a_planted_order_of_two_words_is_learnt():
-    """No single word tells the two apart."""
-
-    def ordered(n, seed):
-        pairs = planted(n, seed, better="left right", worse="left right")
-        swapped = [pair.rejected.text.replace("left right", "right left") for pair in pairs]
-        return [texts_pair(p.chosen.text, text) for p, text in zip(pairs, swapped, strict=True)]
-
-    fitted = bag_of_words(ordered(80, 0), ordered(30, 1))
-    assert rule_accuracy(ordered(60, 2), fitted)[0] > 0.95
 
 
 def test_shuffled_labels_leave_chance():
@@ -182,38 +136,6 @@ def test_shuffled_labels_leave_chance():
     assert share == pytest.approx(0.5, abs=0.1)  # four standard errors
 
 
-def test_swapping_a_pair_swaps_the_verdict(bag):
-    pairs = planted(20, 3)
-    swapped = [texts_pair(p.rejected.text, p.chosen.text) for p in pairs]
-    there, back = rule_correct(pairs, bag), rule_correct(swapped, bag)
-    np.testing.assert_array_equal(there + back, 1)
-
-
-def test_it_does_not_matter_which_side_of_training_pairs_came_first():
-    """Mirrored labels give mirrored weights: there is no intercept that favours a side."""
-    pairs = planted(40, 0)
-    mirrored = [texts_pair(p.rejected.text, p.chosen.text) for p in pairs]
-    there, back = bag_of_words(pairs, []), bag_of_words(mirrored, [])
-    np.testing.assert_allclose(there.score([*FILLER, "good"]), -back.score([*FILLER, "good"]))
-
-
-def test_texts_of_the_same_words_tie(bag):
-    pairs = [texts_pair("Good word1", "good... WORD1!"), texts_pair("never seen", "seen by none")]
-    assert rule_correct(pairs, bag).tolist() == [0.5, 0.5]
-
-
-def test_a_score_belongs_to_its_text_alone(bag):
-    texts = [pair.chosen.text for pair in planted(10, 4)]
-    together = bag.score(texts)
-    assert together.shape == (10,)
-    np.testing.assert_array_equal(together, [bag.score([text])[0] for text in texts])
-
-
-def test_repetition_speaks_no_louder(bag):
-    once, ten_times = bag.score(["good word1", " ".join(["good word1"] * 10)])
-    assert 0 < ten_times < 1.5 * once
-
-
 def test_only_the_answer_is_read(bag):
     """Neither the prompt nor rating, source, temperature or end token reaches the scorer."""
     pair = planted(1, 5)[0]
@@ -221,11 +143,6 @@ def test_only_the_answer_is_read(bag):
     rejected = sample(pair.rejected.text, 0.5, temperature=0.1, finished=False)
     other = Pair(group("other", chosen, rejected), chosen, rejected)
     assert rule_correct([pair, other], bag).tolist() == [1.0, 1.0]
-
-
-def test_the_fit_is_deterministic(bag):
-    again = bag_of_words(planted(60, 0), planted(30, 1))
-    np.testing.assert_array_equal(again.weights, bag.weights)
 
 
 def conflict():
@@ -296,33 +213,6 @@ def test_table():
     assert table.loc["cooler", ["accuracy", "model_pairs"]].tolist() == [0, 0]
     assert table.loc["bag_of_words", ["accuracy", "model_pairs"]].tolist() == [1, 1]
     assert table.loc["finished", ["accuracy_low", "accuracy_high"]].tolist() == [0.5, 0.5]
-
-
-def test_table_on_the_embedded_set(embedded):
-    """Values and intervals are those of the single functions, over prompts."""
-    table = rules_table(embedded, "validation", 200).set_index("rule")
-    pairs = [pair for pair in embedded.pairs("validation") if pair.between_samples]
-    assert table["n"].to_dict() == {**dict.fromkeys(TEXT_RULES, 523), "cooler": 347}
-    for name in ("longer", "finished", "cooler"):
-        correct = rule_correct(pairs, name)
-        expected = clustered_interval(correct, [pair.prompt_id for pair in pairs], 200)
-        found = table.loc[name, ["model_pairs", "model_pairs_low", "model_pairs_high"]]
-        assert found.tolist() == pytest.approx([expected[k] for k in ("value", "low", "high")])
-    assert table.loc["bag_of_words", "accuracy_low"] > 0.6  # it learns something
-
-
-def test_what_cannot_be_judged_is_nan():
-    def plain(split, n):
-        words = planted(n, 0)
-        texts = [(reference(p.chosen.text, 8.0), reference(p.rejected.text, 2.0)) for p in words]
-        return [group(f"{split}{i}", *both, split=split) for i, both in enumerate(texts)]
-
-    table = rules_table(bundle(plain("train", 5), plain("test", 3)), "test", 50).set_index("rule")
-    assert table.loc["cooler", "n"] == 0
-    assert set(table["model_pairs_n"]) == {0}
-    assert table.loc["cooler", ["accuracy", "accuracy_low", "accuracy_high"]].isna().all()
-    assert table["model_pairs"].isna().all()
-    assert table.loc["longer", "n"] == 3
 
 
 def test_the_table_never_fits_on_the_judged_split(monkeypatch):
