@@ -84,12 +84,6 @@ def test_every_figure_is_tested():
     assert public == set(FIGURES)
 
 
-def test_the_style_does_not_leak():
-    before = mpl.rcParams.copy()
-    FIGURES["bandit_curves"]()
-    assert mpl.rcParams == before
-
-
 def test_the_saved_figure_is_the_one_that_is_shown(folder: Path):
     seen = []
     for _ in range(2):
@@ -132,46 +126,11 @@ def test_the_reference_has_no_temperature():
     ]
 
 
-def test_unknown_temperatures_and_sources_are_called_so():
-    """Ratings of one's own: no temperature, no source, one batch, ratings between the classes."""
-    plain = pd.DataFrame({"rating": [1.0, 3.25, 10.0], "batch": 1, "n_words": 5, "category": "a"})
-    plain = plain.assign(temperature=None, source=None)
-    figure = plots.rating_histograms(plain)
-    assert [ax.get_title("left") for ax in figure.axes] == ["temperature unknown: mean 4.8, n = 3"]
-    assert [bar.get_x() + bar.get_width() / 2 for bar in figure.axes[0].patches] == pytest.approx(
-        range(1, 11)
-    )
-    assert [bar.get_height() > 0 for bar in figure.axes[0].patches].count(True) == 3
-    assert not figure.legends, "a legend of one batch"
-    mixed = pd.concat([plain, responses()], ignore_index=True)
-    axes = [ax for ax in plots.rating_histograms(mixed).axes if ax.get_visible()]
-    titles = [ax.get_title("left").split(":")[0] for ax in axes]
-    assert titles == ["temperature 0.3", "temperature 1.0", "reference", "temperature unknown"]
-    (legend,) = plots.category_overview(plain).legends
-    assert [text.get_text() for text in legend.get_texts()] == ["response"]
-    (legend,) = plots.category_overview(mixed).legends
-    assert [text.get_text() for text in legend.get_texts()] == ["model sample", "reference"]
-
-
 def test_expected_rating_and_spread():
     two_peaks = np.zeros(10)
     two_peaks[[0, 9]] = 0.5
     figure = plots.rating_distributions({"torn": two_peaks}, "t")
     assert figure.axes[0].get_title("left") == "torn\nexpected 5.50, sd 4.50"
-
-
-@pytest.mark.parametrize(
-    ("name", "color"),
-    [
-        ("sft", plot_style.GREY),
-        ("sft_16bit", plot_style.GREEN),
-        ("align_scalar_seed1", plot_style.BLUE),
-        ("align_ordinal@2", plot_style.ORANGE),
-        ("something else", plot_style.BLUE),
-    ],
-)
-def test_a_policy_keeps_its_colour(name: str, color: str):
-    assert plot_style.policy_color(name) == color
 
 
 def test_an_interval_that_holds_zero_is_hollow():
