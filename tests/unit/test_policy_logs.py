@@ -7,7 +7,7 @@ import pytest
 
 from utils import policy_logs
 from utils.environment import RESULTS
-from utils.policy_arms import ARMS, READOUTS, SETTINGS, policy_profile, settings_table
+from utils.policy_arms import ARMS, READOUTS, SETTINGS
 from utils.policy_logs import (
     average_table,
     baseline_table,
@@ -24,7 +24,6 @@ from utils.policy_training_words import (
     curve_words,
     scaling_words,
 )
-from utils.profiles import with_fields
 from utils.published_runs import seed_runs
 from utils.results import ResultsError, append_csv, write_json
 
@@ -126,16 +125,6 @@ def test_trials(tmp_path, monkeypatch):
     write_run(tmp_path, "align_scalar_s1", curve([0.0, 9.0], [0.0, 9.0]), config=SETTINGS)
     rows = trial_table(tmp_path)
     assert rows["trial"].tolist() == ["a", "b", "align_scalar_s0"]
-    assert rows["eval_reward"].tolist() == [0.75, 0.75, 0.25]
-
-
-def test_settings_that_differ_from_the_study():
-    study = policy_profile("scalar", 0)
-    assert settings_table(study).empty
-    other = with_fields(study, {"reinforce.beta": 0.7, "reward.epochs": 9.0})
-    table = settings_table(other)
-    assert table.loc["reinforce.beta"].tolist() == ["0.7", str(study.reinforce.beta)]
-    assert len(table) == 1, "the reward model is another matter"
 
 
 # Baselines and readouts
@@ -159,8 +148,6 @@ def test_baselines():
     assert rows["advantage_std"].tolist() == [3] * 4
     never = baselines() | {"scalar_ema": {0: curve([0.0, 1], [0, 0])}}
     assert math.isnan(baseline_table(never).loc[2, "half_step"])
-    alone = baseline_table({"scalar": {}, "scalar_ema": baselines()["scalar_ema"]})
-    assert alone["half_step"].isna().all()
     lost = {"scalar": {0: curve([1.0, 0], [0, 0])}}
     assert baseline_table(lost)["half_step"].isna().all(), "there is no half of a loss"
 
@@ -244,11 +231,3 @@ def test_frontier():
     assert table["sqrt_kl"][2] == pytest.approx(math.sqrt(3.99))
     columns = ["reward", "reward_low", "reward_high", "judge", "length"]
     assert table.loc[3, columns].tolist() == [3, 2.5, 3.5, 1, 47]
-
-
-def test_no_frontier_without_runs_or_a_judge():
-    table = frontier_table({"scalar": {}})
-    assert table.empty
-    log = curve([0.0], [0.0]).drop(columns="eval_judge")
-    with pytest.raises(ResultsError, match="cpu-align_scalar_s0 was not evaluated by the judge"):
-        frontier_table({"scalar": {0: log}})
