@@ -12,12 +12,10 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from utils import comparison, pipeline, policy_arms, policy_stages, policy_study, published, results
-from utils.architecture import transformers_config
 from utils.checkpoints import load_adapter
-from utils.config import ModelConfig, flatten
+from utils.config import flatten
 from utils.evaluation import evaluate_policy
 from utils.losses import CLASSES, expected_rating
-from utils.model_size import GB, ModelSize
 from utils.pipeline import prepared_data, sft_stage
 from utils.policy_arms import (
     ARMS,
@@ -139,18 +137,6 @@ def test_a_trial_has_its_own_settings_and_a_short_one_no_end_at_a_kl():
         assert (found["reinforce.kl_budget"] is None) == (not name.startswith("long_"))
     tried = [SETTINGS | changes for changes in TRIALS.values()]
     assert SETTINGS not in tried, "the study's own settings are those of its first policy"
-
-
-def test_a_published_adapter_has_at_most_six_megabytes():
-    reinforce, model = policy_profile("scalar", 0).reinforce, ModelConfig()
-    with_moments = ModelSize(transformers_config(model)).adapter_gb(reinforce.lora_r, 0)
-    in_bf16 = with_moments * GB / 8  # fp32 weight, gradient and two moments are 16 bytes
-    assert 1e6 < in_bf16 < 6e6
-
-
-def test_the_study_does_not_follow_the_notebooks_profile(monkeypatch):
-    monkeypatch.setenv("REPORT_PROFILE", "smoke")
-    assert policy_profile("scalar", 1).model == PROFILES["cpu"].model
 
 
 # Training
@@ -327,22 +313,6 @@ def test_the_scale_is_the_best_within_the_kl_budget_on_validation_prompts(world,
         policy_study.average_stage("of_one", "scalar", {0: "a"})
 
 
-def test_an_average_needs_all_of_several_seeds(world):
-    trained = [("scalar", 0, "a"), ("lazy", 0, "b")]
-    assert not [*policy_study._complete(trained)]
-    found = [*policy_study._complete([*trained, ("scalar", 1, "c")])]
-    assert found == [("scalar", {0: "a", 1: "c"})]
-
-
-def test_rewards_are_in_units_of_the_sft_model(world):
-    unit = samples(world, "sft_training_prompts")["response"]
-    raw = Wordy("scalar").score(unit, unit, unit)
-    frame = world.frames["scalar_s1"]
-    own = Wordy("scalar").score(*([frame["response"]] * 3))
-    expected = (own - raw.mean()) / raw.std()
-    assert frame["reward_scalar"].tolist() == pytest.approx(expected.tolist(), abs=1e-4)
-
-
 def test_units_are_measured_once_and_then_read(world, monkeypatch):
     def measure(*arguments):
         raise AssertionError("measured again: other rounding would be another unit")
@@ -430,26 +400,6 @@ def test_publish_and_load(world, capsys):
 # The command line
 
 
-def test_the_command_line(world, monkeypatch, capsys):
-    done = []
-    monkeypatch.setattr(policy_study, "policy_stage", lambda name, seed: done.append((name, seed)))
-    monkeypatch.setattr(policy_study, "trial_stage", lambda name: done.append(name))
-    monkeypatch.setattr(policy_study, "evaluation_stages", lambda: done.append("tests") or {})
-    monkeypatch.setattr(policy_study, "_report", lambda stage: stage())
-    policy_study.main(["scalar:5", "careful"])
-    assert done == [("scalar", 5), ("careful", 0)]
-    done.clear()
-    policy_study.main([])
-    arms = [(name, seed) for name, arm in SMALL.items() for seed in arm.seeds]
-    assert done == [*TRIALS, *arms, "tests"]
-    done.clear()
-    policy_study.main(["tests"])
-    assert done == ["tests"]
-    with pytest.raises(SystemExit):
-        policy_study.main(["scalar", "scalr"])
-    assert "unknown: scalr; there are: trials, scalar" in capsys.readouterr().err
-
-
 def test_a_collapsed_policy_does_not_keep_the_others_from_being_trained(world, monkeypatch, capsys):
     def stage(name, seed):
         if name == "lazy":
@@ -463,10 +413,3 @@ def test_a_collapsed_policy_does_not_keep_the_others_from_being_trained(world, m
     assert stopped == "TrainingStopped: [align_lazy_s0] step 3: it collapsed"
     assert last.startswith("[align_careful_s0] on validation prompts: reward ")
     assert ", judge " in last
-
-
-def test_a_missing_judge_is_named_with_the_remedy(monkeypatch, tmp_path):
-    monkeypatch.setattr(published, "INDEX", tmp_path / "index.json")
-    (tmp_path / "index.json").write_text(json.dumps({"scalar": [{"sha256": "00"}]}))
-    with pytest.raises(ResultsError, match=r"no published model 'judge'.*scalar.*make study"):
-        published.published_sums(("scalar", "judge"))
