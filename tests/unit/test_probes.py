@@ -82,19 +82,6 @@ def test_each_probe_by_hand():
     assert all(isinstance(p, ProbePair) for p in pairs.values())
 
 
-def test_the_same_seed_makes_the_same_pairs():
-    data = dataset(12)
-    assert probe_pairs(data, "test", 1) == probe_pairs(data, "test", 1)
-    first, second = probe_pairs(data, "test", 1), probe_pairs(data, "test", 2)
-    for probe in ("other_reference", "padded", "only_pleasantries", "empty_end"):
-        texts = [[p.worse for p in pairs if p.probe == probe] for pairs in (first, second)]
-        assert texts[0] != texts[1], f"{probe} does not read the seed"
-        assert len(set(texts[0])) > 1
-    for probe in ("cut_half", "duplicated", "prompt_echo", "repeated_sample"):
-        texts = [[p.worse for p in pairs if p.probe == probe] for pairs in (first, second)]
-        assert texts[0] == texts[1]
-
-
 def test_prompts_without_a_finished_reference_are_skipped():
     data = dataset(4)
     groups = list(data.groups)
@@ -167,22 +154,6 @@ def test_a_reward_for_the_end_token_does_not_see_missing_content():
     assert found.mean_gap.drop("cut_half").eq(0).all()
 
 
-def test_an_oracle_is_always_right():
-    best = {p.better for p in probe_pairs(dataset(), "test")}
-
-    def score(prompts, texts, finished):
-        right = [
-            text in best and text.split()[1].strip(".") == prompt[-1]["content"].split()[1][:-1]
-            for text, prompt in zip(texts, prompts, strict=True)
-        ]
-        return [float(r and end) for r, end in zip(right, finished, strict=True)]
-
-    found = table(score)
-    assert found.right.eq(1).all()
-    assert found.low.eq(1).all()
-    assert found.n.eq(6).all()
-
-
 def test_each_text_is_scored_once_and_the_gap_is_in_standard_deviations():
     pairs = [p for p in probe_pairs(dataset(), "test") if p.probe.startswith("cut")]
     asked = []
@@ -203,24 +174,6 @@ def test_each_text_is_scored_once_and_the_gap_is_in_standard_deviations():
     assert found.right.tolist() == pytest.approx([5 / 6, 5 / 6])
     assert (found.low < 5 / 6).all()
     assert (found.high == 1).all()
-
-
-def test_no_pairs_make_an_empty_table():
-    found = run_probes(None, [], 10)
-    assert len(found) == 0
-    assert list(found) == ["probe", "right", "low", "high", "n", "mean_gap"]
-
-
-def test_a_real_reward_model_can_be_probed(tiny, tokenizer):
-    import dataclasses
-
-    from utils.profiles import PROFILES
-    from utils.rewards import RewardModel
-
-    profile = dataclasses.replace(PROFILES["smoke"], model=tiny)
-    found = table(RewardModel.fresh("scalar", profile).score)
-    assert list(found.index) == list(PROBES)
-    assert np.isfinite(found.to_numpy(float)).all()
 
 
 # Reward and form
@@ -314,16 +267,6 @@ def test_finished_is_a_difference_of_means():
     within = look(found, "finished", "within prompt")
     assert within.value == pytest.approx(2 / reward.std())
     assert within.low == pytest.approx(within.value)
-
-
-def test_a_form_that_does_not_vary_is_left_out():
-    data, rows = scored(6)
-    groups = []
-    for g in data.groups:
-        whole = tuple(Response(r.text, r.rating) for r in g.responses)
-        groups.append(Group(g.prompt_id, g.split, None, (), whole))
-    found = reward_and_form(rows, PreferenceData(tuple(groups), "", {}), 20)
-    assert set(found.form) == {"length", "repetition"}
 
 
 def test_rows_of_other_data_are_refused():
