@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 
 import pandas as pd
 
@@ -60,9 +61,10 @@ def pairs_frame(pairs: Iterable[Pair]) -> pd.DataFrame:
     columns = "prompt chosen rejected chosen_rating rejected_rating split category prompt_id"
     rows = []
     for p in pairs:
-        turns = [[*p.group.prompt, _answer(r.text)] for r in (p.chosen, p.rejected)]
-        ratings = (float(p.chosen.rating), float(p.rejected.rating))
+        both = (p.chosen, p.rejected)
+        turns = [[*p.group.prompt, {"role": "assistant", "content": r.text}] for r in both]
         key = (p.group.split, p.category, p.prompt_id)
+        ratings = [float(r.rating) for r in both]
         rows.append((p.group.prompt[-1]["content"], *turns, *ratings, *key))
     return pd.DataFrame(rows, columns=columns.split())
 
@@ -73,7 +75,7 @@ def responses_frame(data: PreferenceData) -> pd.DataFrame:
     rows = [
         (
             *(g.prompt_id, g.split, g.category, g.batch, g.prompt[-1]["content"]),
-            *(r.text, r.rating, r.finished, r.source, r.temperature, _words(r)),
+            *(r.text, r.rating, r.finished, r.source, r.temperature, len(r.text.split())),
         )
         for g in data.groups
         for r in g.responses
@@ -106,28 +108,19 @@ def drop_long(
     long_prompt = f"prompt over {max_prompt_length} tokens"
     long = f"response over {max_length} tokens"
     identical, single = "identical after tokenisation", "group of fewer than two responses"
-    fits: dict[str, bool] = {}
-    for group in data.groups:
-        if group.prompt_id not in fits:
-            fits[group.prompt_id] = len(encode(group.prompt, None)) <= max_prompt_length
-        if not fits[group.prompt_id]:
-            continue
+    prompts = {g.prompt_id: g.prompt for g in data.groups}
+    fits = {i: len(encode(p, None)) <= max_prompt_length for i, p in prompts.items()}
+    for group in (group for group in data.groups if fits[group.prompt_id]):
         ids = [(r, tuple(encode(group.prompt, r))) for r in group.responses]
         short = [(r, tokens) for r, tokens in ids if len(tokens) <= max_length]
         responses, tokens = [r for r, _ in short], [t for _, t in short]
         different = without_contradictions(responses, tokens, paired=len(short) == 2)
-        dropped[long] += len(ids) - len(short)
-        total[long] += len(ids)
-        total[identical] += len(short)
-        total[single] += 1
-        if short and not different:
-            dropped[identical] += 2
-            continue
-        dropped[identical] += len(short) - len(different)
-        if len(different) < 2:
-            dropped[single] += 1
-        else:
+        total.update({long: len(ids), identical: len(short), single: 1})
+        dropped.update({long: len(ids) - len(short), identical: len(short) - len(different)})
+        if len(different) >= 2:
             kept.append(replace(group, responses=different))
+        elif different or not short:
+            dropped[single] += 1
     dropped[long_prompt] += len(fits) - sum(fits.values())
     total[long_prompt] += len(fits)
     return _bundle(kept, dropped, total)
@@ -168,14 +161,6 @@ def require_splits(data: PreferenceData, config: DataConfig, template_tokens: in
         )
 
 
-def _words(response: Response) -> int:
-    return len(response.text.split())
-
-
-def _answer(text: str) -> Message:
-    return {"role": "assistant", "content": text}
-
-
 def _bundle(
     groups: Iterable[Group], dropped: Mapping[str, int], dropped_of: Mapping[str, int]
 ) -> PreferenceData:
@@ -195,11 +180,8 @@ def _first_prompts(groups: Sequence[Group], split: str, config: DataConfig) -> l
     limit = getattr(config, f"{split}_prompts")
     if limit is not None and limit < 0:
         raise DataError(f"data.{split}_prompts = {limit}, expected None or at least 0")
-    rounds: Counter[str | None] = Counter()
-    turn: dict[str, int] = {}
+    by_category: defaultdict[str | None, list[str]] = defaultdict(list)
     for prompt_id, category in categories.items():
-        turn[prompt_id] = rounds[category]
-        rounds[category] += 1
-    first = {category: place for place, category in enumerate(rounds)}
-    order = sorted(categories, key=lambda i: (turn[i], first[categories[i]]))
-    return order[:limit]
+        by_category[category].append(prompt_id)
+    turns = zip_longest(*by_category.values())
+    return [prompt_id for turn in turns for prompt_id in turn if prompt_id is not None][:limit]
