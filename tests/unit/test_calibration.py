@@ -28,15 +28,6 @@ def prompts(count, each=9):
     return [f"p{i // each}" for i in range(count)]
 
 
-def resampled(clusters, samples):
-    """Yield the row numbers of each resample of prompts, rows repeated as often as drawn."""
-    clusters = np.asarray(clusters)
-    names = np.unique(clusters)
-    picks = np.random.default_rng(0).integers(0, len(names), (samples, len(names)))
-    for pick in picks:
-        yield np.concatenate([np.flatnonzero(clusters == names[i]) for i in pick])
-
-
 def test_reliability_by_hand():
     p = [0.9, 0.2, 0.6, 0.55, 0.7, 0.1]  # confidence .9 .8 .6 .55 .7 .9
     table = reliability(p, list("aabbcc"), bins=2, samples=200)
@@ -158,18 +149,6 @@ def test_the_sign_of_the_rank_correlation(honest: bool):
     assert table["error"].is_monotonic_increasing == honest
     assert (rank["low"] > 0.2) if honest else (rank["high"] < -0.2)
     assert rank["low"] < rank["value"] < rank["high"]
-
-
-def test_the_rank_correlation_is_spearmans_in_each_resample():
-    rows = unsure(60)
-    for row in rows:
-        row["rating"] = round(row["rating"])  # ties
-    _, rank = entropy_against_error(rows, 50)
-    peak = np.array([row["logits"][4] for row in rows])
-    error = np.array([abs(row["rating"] - 5) for row in rows])
-    assert rank["value"] == pytest.approx(spearmanr(-peak, error)[0])
-    slow = [spearmanr(-peak[i], error[i])[0] for i in resampled([r["prompt_id"] for r in rows], 50)]
-    assert [rank["low"], rank["high"]] == pytest.approx(np.quantile(slow, [0.025, 0.975]))
 
 
 def test_what_has_no_calibration_is_refused():

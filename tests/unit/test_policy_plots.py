@@ -13,12 +13,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from utils import plot_style as look
-from utils import policy_look, policy_plots
+from utils import policy_plots
 from utils.policy_arms import ARMS
 
 
@@ -201,18 +200,6 @@ def test_every_figure_is_tested():
     assert set(policy_plots.__all__) == set(FIGURES)
 
 
-def test_arms_keep_label_and_colour():
-    assert policy_look.arm_look("ordinal", 0) == (ARMS["ordinal"].label, look.ORANGE)
-    assert policy_look.arm_look("scalar_s2") == (f"{ARMS['scalar'].label}, seed 2", look.BLUE)
-    greedy = policy_look.arm_look("scalar_none_s0_greedy")
-    assert greedy == (f"{ARMS['scalar_none'].label}, seed 0, greedy", "#000000")
-    average = policy_look.arm_look("ordinal_average")
-    assert average == (f"{ARMS['ordinal'].label}, average of the seeds", look.ORANGE)
-    assert policy_look.arm_look("sft_greedy") == ("SFT, greedy", look.PURPLE)
-    assert policy_look.arm_look("some_other", 2) == ("some other", look.GREEN)
-    assert len({policy_look.arm_look(arm)[1] for arm in ARMS}) == len(ARMS)
-
-
 def test_curves_are_means_of_the_seeds_with_their_range():
     figure = policy_plots.policy_curves(logs(scalar=[metrics(0), metrics(1), metrics(5)]), "t")
     by_title = {ax.get_title("left"): ax for ax in figure.axes}
@@ -274,18 +261,6 @@ def test_wins_ties_and_losses_fill_the_bar():
         rates = [x for x, _ in points(ax) if x > 0]
         assert rates == pytest.approx((table[f"win_rate{ending}"][shown] * 100).tolist())
         assert [50, 50] in [list(line.get_xdata()) for line in ax.lines]
-
-
-def test_the_scatter_holds_all_seeds_and_the_judges_line():
-    table, line = lengths("scalar", "ordinal"), fits("scalar", "ordinal")
-    _, ax, _ = policy_plots.length_figure(table, line, frames(), "t").axes
-    changed, same = ax.collections
-    assert changed.get_offsets().tolist() == [[-30, 2]]
-    assert same.get_offsets().tolist() == [[-10, 1], [5, 0.5], [-40, 0.5]]
-    assert not len(changed.get_facecolors())
-    assert to_hex(same.get_facecolors()[0]) == look.BLUE
-    assert ax.lines[0].get_xydata() == pytest.approx(np.array([[-40, 1.3], [5, 0.4]]))
-    assert points(ax, "^") == [(0, 0.5)]
 
 
 def test_categories_side_by_side():

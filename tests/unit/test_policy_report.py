@@ -24,7 +24,6 @@ from utils.policy_report import (
 )
 from utils.policy_runs import (
     arms_of,
-    extremes,
     frame_of,
     policies_of,
     policy_frames,
@@ -422,19 +421,6 @@ def test_levels_seed_by_seed(frames):
 
 
 # Samples
-
-
-def test_extremes(frames):
-    frames["scalar_s0"] = evaluation([0.0, 6, 2, 1, 4, 5])  # gains 0, 5; 0, -2; 0, 0
-    table = extremes(frames, "scalar_s0", k=2, random=3)
-    assert table["list"].tolist() == ["gain"] * 2 + ["loss"] * 2 + ["random"] * 3
-    assert table["gain"].tolist()[:4] == [5, 0, -2, 0]
-    assert table["prompt_id"].tolist()[0] == "p0"
-    assert table["prompt_id"].tolist()[2] == "p1"
-    assert table.loc[0, "response [scalar_s0]"] == "answer 6.0 to 0"
-    assert table.loc[0, "response [sft]"] == "answer 1.0 to 0", "of the same sample"
-    assert (table.loc[0, "reward_judge [sft]"], table.loc[2, "reward_judge [scalar_s0]"]) == (1, 1)
-    assert sorted(table["prompt_id"][4:]) == ["p0", "p1", "p2"], "each prompt once"
 
 
 # Real data

@@ -28,7 +28,6 @@ from utils.policy_arms import (
 )
 from utils.profiles import PROFILES
 from utils.readouts import READOUTS, rating_minus_spread
-from utils.reinforce import TrainingStopped
 from utils.results import ResultsError, read_json, read_jsonl
 from utils.rewards import KINDS
 
@@ -395,21 +394,3 @@ def test_publish_and_load(world, capsys):
         published.load_aligned("best")
     with pytest.raises(ResultsError, match="no published model 'policies'"):
         published.load_published("policies")
-
-
-# The command line
-
-
-def test_a_collapsed_policy_does_not_keep_the_others_from_being_trained(world, monkeypatch, capsys):
-    def stage(name, seed):
-        if name == "lazy":
-            raise TrainingStopped("[align_lazy_s0] step 3: it collapsed")
-        return original(name, seed)
-
-    original = policy_study.policy_stage
-    monkeypatch.setattr(policy_study, "policy_stage", stage)
-    policy_study.main(["lazy", "careful"])
-    stopped, *_, last = capsys.readouterr().out.splitlines()
-    assert stopped == "TrainingStopped: [align_lazy_s0] step 3: it collapsed"
-    assert last.startswith("[align_careful_s0] on validation prompts: reward ")
-    assert ", judge " in last

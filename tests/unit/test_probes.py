@@ -234,24 +234,6 @@ def test_within_a_prompt_its_level_does_not_count():
     assert difference.low < difference.value < difference.high < 0
 
 
-@pytest.mark.parametrize("scope", ["all", "within prompt"])
-def test_the_interval_of_a_correlation_is_over_prompts(scope):
-    """Ranks over all are made anew in each resample, those within a prompt once."""
-    data, rows = scored(12)
-    line = look(reward_and_form(rows, data, 60), "length", scope, "rating")
-    frame = pd.DataFrame([row for row in rows if row["source"] != "reference"])
-    frame["length"] = frame["response"].str.split().str.len()
-    if scope == "within prompt":
-        ranks = frame.groupby("prompt_id")[["length", "rating"]].rank()
-        frame[["length", "rating"]] = ranks - 2.5
-    parts = [part for _, part in frame.groupby("prompt_id")]
-    picks = np.random.default_rng(0).integers(0, 12, (60, 12))
-    drawn = [pd.concat([parts[i] for i in pick]) for pick in picks]
-    method = "spearman" if scope == "all" else "pearson"
-    slow = [part["length"].corr(part["rating"], method=method) for part in drawn]
-    assert [line.low, line.high] == pytest.approx(np.quantile(slow, [0.025, 0.975]))
-
-
 def test_finished_is_a_difference_of_means():
     data, rows = scored()
     of_row = {(g.prompt_id, place): r for g in data.groups for place, r in enumerate(g.responses)}

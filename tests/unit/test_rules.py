@@ -12,7 +12,6 @@ from utils.config import DataConfig
 from utils.data import DataError, Group, Pair, PreferenceData, Response, load_data
 from utils.rules import (
     RULES,
-    STRENGTHS,
     TEXT_RULES,
     BagOfWords,
     bag_of_words,
@@ -89,12 +88,6 @@ def test_rules_by_hand():
     assert rule_accuracy(swapped, "cooler") == (1.0, 1)
 
 
-def test_length_counts_characters():
-    pair = texts_pair("extraordinarily", "a b c d")
-    assert rule_accuracy([pair], "longer") == (1.0, 1)
-    assert rule_accuracy([pair], "shorter") == (0.0, 1)
-
-
 @pytest.mark.parametrize(
     ("rule", "samples_only", "share"),
     [
@@ -136,15 +129,6 @@ def test_shuffled_labels_leave_chance():
     assert share == pytest.approx(0.5, abs=0.1)  # four standard errors
 
 
-def test_only_the_answer_is_read(bag):
-    """Neither the prompt nor rating, source, temperature or end token reaches the scorer."""
-    pair = planted(1, 5)[0]
-    chosen = reference(pair.chosen.text, 1.0)
-    rejected = sample(pair.rejected.text, 0.5, temperature=0.1, finished=False)
-    other = Pair(group("other", chosen, rejected), chosen, rejected)
-    assert rule_correct([pair, other], bag).tolist() == [1.0, 1.0]
-
-
 def conflict():
     """Training pairs whose verdict on ("rare", "common") hangs on C.
 
@@ -162,14 +146,6 @@ def test_c_is_chosen_on_validation_pairs():
     assert np.linalg.norm(strong.weights) < np.linalg.norm(weak.weights)
     assert rule_accuracy([probe], weak) == (1.0, 1)
     assert rule_accuracy([probe], strong) == (0.0, 1)
-
-
-@pytest.mark.parametrize("validation", [True, False])
-def test_equal_accuracies_take_the_strongest_regularisation(monkeypatch, validation):
-    easy = [texts_pair("good", "bad")] * 5
-    found = bag_of_words(easy, easy if validation else [])
-    monkeypatch.setattr(rules, "STRENGTHS", [min(STRENGTHS)])
-    np.testing.assert_array_equal(found.weights, bag_of_words(easy, []).weights)
 
 
 @pytest.mark.parametrize("pairs", [[], [texts_pair("?!", "...")]])
