@@ -6,7 +6,7 @@ how often it was drawn, so that the ranks that are made anew in each resample co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -155,7 +155,10 @@ def entropy_against_error(
             norm = np.sqrt((weights * a * a).sum(axis=1) * (weights * b * b).sum(axis=1))
             return (weights * a * b).sum(axis=1) / norm
 
-    return table, _bootstrap(correlation, frame["prompt_id"], samples)
+    cluster, drawn = cluster_draws(frame["prompt_id"], samples)
+    parts = (drawn[i : i + CHUNK, cluster].astype(float) for i in range(0, len(drawn), CHUNK))
+    draws = np.concatenate([correlation(weights) for weights in parts])
+    return table, {**percentile_interval(draws), "n": len(frame)}
 
 
 def _bets(p: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -192,13 +195,3 @@ def _bins(values: np.ndarray, bins: int) -> np.ndarray:
     """Return the bin, 0.., of each row; bins hold about as many each, equal values share one."""
     ranks = _mid_ranks(values, np.ones((1, len(values))))[0]
     return (bins * ranks // len(values)).astype(int)
-
-
-def _bootstrap(
-    statistic: Callable[[np.ndarray], np.ndarray], clusters: Sequence[str], samples: int
-) -> dict[str, float]:
-    """Return the interval of a statistic of row weights, shape (resamples, rows)."""
-    cluster, drawn = cluster_draws(clusters, samples)
-    parts = (drawn[i : i + CHUNK] for i in range(0, len(drawn), CHUNK))
-    draws = np.concatenate([statistic(part[:, cluster].astype(float)) for part in parts])
-    return {**percentile_interval(draws), "n": len(cluster)}
