@@ -93,7 +93,7 @@ class RewardConfig:
     learning_rate: float = 3e-4
     warmup_ratio: float = 0.1
     groups_per_step: int = 8  # a group: the responses to a prompt that were rated side by side
-    micro_groups: int | None = 4  # groups per forward pass; None: what free memory allows
+    micro_groups: int | None = 4  # groups per forward pass; None: as memory allows
     lora_r: int = 16  # 0: no adapters, the weights from first_layer up are trained in full
     lora_alpha: int = 32
     first_layer: int = 15  # adapters from this layer up; the layers below stay frozen

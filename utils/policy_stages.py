@@ -19,7 +19,6 @@ from utils.pipeline import (
     load_sft,
     open_stage,
     prepared_data,
-    print_plan,
     reward_scale,
     runs_dir,
     sample_sft,
@@ -122,7 +121,6 @@ def _train(stage: str, arm: PolicyArm, profile: Profile) -> Run:
         own, judge = ((scorer(name), scale_stage(name)) for name in (arm.reward, "judge"))
         training = _training_reward(arm.reward, arm.readout), scale_stage(arm.reward, arm.readout)
         policy, tokenizer = load_sft(profile)
-        print_plan(profile)
         align_policy(
             *(policy, tokenizer, profile, prepared_data(profile), run),
             training,
