@@ -30,13 +30,9 @@ help: ## list the targets (default)
 run: $(STAMP) ## execute the notebooks in order into runs/PROFILE/
 	@$(BIN) -m utils.run --profile $(PROFILE) $(if $(strip $(NOTEBOOKS)),--only $(NOTEBOOKS))
 
-test: $(STAMP) ## check style, then run all tests, the smoke sequence included
-	@echo "== ruff check"
-	@$(BIN) -m ruff check
-	@echo "== ruff format --check"
-	@$(BIN) -m ruff format --check
-	@echo "== pytest"
-	@$(BIN) -m pytest -q
+publish: $(STAMP) ## copy what runs/PROFILE/ holds into results/, notebooks/ and the README
+	@$(BIN) -m utils.run --profile $(PROFILE) --publish
+	@$(BIN) -m utils.summary
 
 study: $(STAMP) ## train what the studies lack (hours), or the arms in NAME; publish to results/
 ifeq ($(strip $(NAME)),)
@@ -47,9 +43,13 @@ endif
 	@$(BIN) -m utils.policy_study $(NAME)
 	@$(BIN) -m utils.published
 
-publish: $(STAMP) ## copy what runs/PROFILE/ holds into results/, notebooks/ and the README
-	@$(BIN) -m utils.run --profile $(PROFILE) --publish
-	@$(BIN) -m utils.summary
+test: $(STAMP) ## check style, then run all tests, the smoke sequence included
+	@echo "== ruff check"
+	@$(BIN) -m ruff check
+	@echo "== ruff format --check"
+	@$(BIN) -m ruff format --check
+	@echo "== pytest"
+	@$(BIN) -m pytest -q
 
 clean: ## remove runs/, the unpublished output; results/ and .venv stay
 	@echo "== removing runs/"

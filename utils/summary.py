@@ -21,6 +21,7 @@ from utils.front_page import (
 )
 from utils.intervals import named_interval
 from utils.policy_arms import HEADLINE
+from utils.profiles import PROFILES
 from utils.published import CHOSEN
 from utils.results import read_json, write_json
 
@@ -64,6 +65,9 @@ def headline(results: Path = RESULTS) -> dict[str, dict[str, Any]]:
 def update() -> None:
     """Rewrite `results/summary.json` and the generated parts of the README."""
     quiet()  # before the libraries below are imported
+    from utils.memory_plan import plan_table
+
+    plan_table(PROFILES["full"]).to_csv(RESULTS / "tables" / "memory_plan.csv", float_format="%.4g")
     write_json(RESULTS / "summary.json", headline())
     readme = ROOT / "README.md"
     readme.write_text(fill(readme.read_text(), render()))

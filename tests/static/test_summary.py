@@ -6,6 +6,8 @@ import pandas as pd
 import pytest
 
 from utils import front_page, published, summary
+from utils.memory_plan import plan_table
+from utils.profiles import PROFILES
 from utils.results import ROOT, read_json
 
 
@@ -35,6 +37,12 @@ def test_the_table_of_policies_has_the_blind_ratings_and_the_best_of_16():
         assert cells[name][5].startswith(f"{blind.loc[policy, 'rating']:.2f} [")
         assert cells[name][6].startswith(f"{blind.loc[policy, 'win_rate']:.0%} [")
     assert cells["SFT, 16 bits"][5:7] == ["", ""], "not rated"
+
+
+def test_the_memory_plan_is_that_of_the_code():
+    plans = pd.read_csv(summary.RESULTS / "tables" / "memory_plan.csv", index_col=0)
+    expected = plan_table(PROFILES["full"])
+    pd.testing.assert_frame_equal(plans, expected, rtol=1e-3, check_dtype=False)
 
 
 def test_the_summary_speaks_of_the_published_models():
