@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PROFILE ?= quick
 NOTEBOOKS ?=
+NAME ?=
 TORCH_ARGS ?=
 
 VENV := .venv
@@ -15,7 +16,7 @@ STAMP := $(VENV)/.installed-$(shell cksum < $(LOCK) | tr -s ' \t' '-')
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help run publish study policies address test clean
+.PHONY: help run test study publish clean
 
 help: ## list the targets (default)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -23,7 +24,7 @@ help: ## list the targets (default)
 	@echo "  PROFILE=$(PROFILE)       smoke | quick | cpu | full, or a JSON file (README, \"Your own data\")"
 	@echo "  NOTEBOOKS=          which notebooks to run, for example NOTEBOOKS=\"02 04\"; empty: all"
 	@echo "  PYTHON=$(PYTHON)      the Python (3.11 or newer) that .venv is made from"
-	@echo "  URL=                the repository on GitHub, for make address"
+	@echo "  NAME=               arms to study, for example NAME=\"margin scalar:1\"; empty: all"
 	@echo "  TORCH_ARGS=         extra pip arguments for torch, for example the index of a CPU build"
 
 run: $(STAMP) ## execute the notebooks in order into runs/PROFILE/
@@ -33,19 +34,14 @@ publish: $(STAMP) ## copy what runs/PROFILE/ holds into results/, notebooks/ and
 	@$(BIN) -m utils.run --profile $(PROFILE) --publish
 	@$(BIN) -m utils.summary
 
-study: $(STAMP) ## train what is missing of the reward-model study (hours), publish it to results/
+study: $(STAMP) ## train what the studies lack (hours), or the arms in NAME; publish to results/
+ifeq ($(strip $(NAME)),)
 	@$(BIN) -m utils.study
 	@$(BIN) -m utils.judge
 	@$(BIN) -m utils.published
-
-policies: $(STAMP) ## align what is missing of the policy study (hours), publish it to results/
-	@$(BIN) -m utils.policy_study
+endif
+	@$(BIN) -m utils.policy_study $(NAME)
 	@$(BIN) -m utils.published
-
-address: ## URL=https://github.com/me/fork: write another address into badges and notebooks
-	@$(PYTHON) -c '$(NEW_ENOUGH)' || \
-		{ echo "Python 3.11 or newer is needed: make address PYTHON=... URL=..."; exit 1; }
-	@$(PYTHON) -m utils.address "$(URL)"
 
 test: $(STAMP) ## check style, then run all tests, the smoke sequence included
 	@echo "== ruff check"

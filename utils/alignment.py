@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 from peft import PeftModel
@@ -14,7 +13,6 @@ from utils.config import Profile
 from utils.data import PreferenceData, Prompt
 from utils.distributed import processes
 from utils.evaluation import Scorer, held_out_metrics
-from utils.memory_plan import policy_micro_batch
 from utils.policy_logs import clipped_steps
 from utils.reinforce import Monitor, train_policy
 from utils.results import Run
@@ -65,7 +63,7 @@ def align_policy(
         tokenizer,
         data.prompts("train"),
         reward_of,
-        replace(profile.reinforce, micro_batch=policy_micro_batch(profile)),
+        profile.reinforce,
         profile.seed,
         run,
         partial(

@@ -1,79 +1,73 @@
-"""Whether a model suits the report, told from its configuration before any weights are read.
-
-The checks build the model without memory for its weights (torch's meta device), so that they can
-come before the first training: what does not suit the policy must not show after two reward models.
-"""
+"""Whether a model suits the report: what its configuration tells, and one early try of it."""
 
 from __future__ import annotations
 
-import re
-from typing import Any
+from functools import cache
 
 import torch
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    DynamicCache,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedTokenizerBase
 
 from utils.config import ModelConfig, Profile
-from utils.weights import ModelError, transformers_config
+from utils.memory import MemoryTooSmall
+from utils.models import device, load_policy, load_reward_base
+from utils.rollout import completion_logprobs, sample, sampling_noise
+from utils.weights import ModelError, encode_prompt, load_tokenizer, pad_right, transformers_config
 
-INSIDE = re.compile(r"\.(\d+)\.")  # the layer's number in a module name; a head has none
+ADVICE = "use a decoder-only chat model such as those of the Llama, Qwen2 and SmolLM families"
 
 
-def check_model(profile: Profile) -> None:
-    """Refuse a model that some stage of the report could not work with.
+def check_config(profile: Profile) -> None:
+    """Refuse a model whose configuration says that some stage could not work with it.
 
     Raises:
         ModelError: naming what does not suit, and what to change.
     """
-    check_architecture(profile.model, profile.reward.first_layer)
-    check_lengths(profile)
+    name, found = profile.model.name, transformers_config(profile.model)
+    if found.is_encoder_decoder:
+        raise ModelError(f"{name} is an encoder-decoder model; {ADVICE}")
+    if found.get_text_config() is not found:
+        raise ModelError(f"{name} reads more than text; {ADVICE}")
+    if quantized := getattr(found, "quantization_config", None):
+        method = dict(quantized).get("quant_method", "unknown method")
+        raise ModelError(f"the weights of {name} are quantised already ({method}); {ADVICE}")
+    if (first := profile.reward.first_layer) >= found.num_hidden_layers:
+        raise ModelError(
+            f"reward.first_layer = {first}, but {name} has {found.num_hidden_layers} layers, "
+            "counted from 0; choose a lower one (0 puts adapters on all)"
+        )
+    _check_lengths(profile, found)
 
 
-def check_architecture(config: ModelConfig, first_layer: int = 0) -> None:
-    """Refuse a model whose parts are not where sampling, training and scoring look for them.
+@cache
+def try_model(config: ModelConfig, first_layer: int) -> None:
+    """Let a model sample, learn and score a short dialogue; once per process, some seconds.
+
+    What does not suit the policy must not show after two reward models are trained.
 
     Args:
         config: which model.
-        first_layer: the lowest layer that gets an adapter; the model must have it.
+        first_layer: the lowest layer of the reward model that gets an adapter.
 
     Raises:
-        ModelError: naming the part, e.g. the class of the layers that are not linear.
+        ModelError: with the library's own error.
+        MemoryTooSmall: if there is not even the memory for this.
     """
-    found = transformers_config(config)
+    tokenizer = load_tokenizer(config)
     try:
-        _check_kind(found)
-        policy = _skeleton(AutoModelForCausalLM, found)
-        _check_layers(policy)
-        _check_policy(policy)
-        _check_head(_skeleton(AutoModelForSequenceClassification, found))
-        _check_cache(found)
-    except ModelError as error:
+        ids = _try_policy(config, tokenizer)
+        _try_reward_model(config, first_layer, pad_right([ids], tokenizer.pad_token_id))
+    except (ModelError, MemoryTooSmall, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
         raise ModelError(
-            f"model.name = {config.name!r} ({found.model_type}): {error}; use a decoder-only chat "
-            "model such as those of the Llama, Qwen2 and SmolLM families"
+            f"model.name = {config.name!r} failed in a first try of sampling, training and "
+            f"scoring: {type(error).__name__}: {error}; {ADVICE}"
         ) from error
-    if first_layer >= found.num_hidden_layers:
-        raise ModelError(
-            f"reward.first_layer = {first_layer}, but {config.name} has {found.num_hidden_layers} "
-            "layers, counted from 0; choose a lower one (0 puts adapters on all)"
-        )
 
 
-def check_lengths(profile: Profile) -> None:
-    """Refuse texts longer than the positions that the model knows.
-
-    Raises:
-        ModelError: naming the fields and the limit.
-    """
-    data, found = profile.data, transformers_config(profile.model)
+def _check_lengths(profile: Profile, found: PreTrainedConfig) -> None:
+    """Refuse texts longer than the positions that the model knows."""
+    data, name = profile.data, profile.model.name
     decoded = data.max_prompt_length + profile.reinforce.max_completion_length
     lengths = {
         "data.max_length": data.max_length,
@@ -83,8 +77,8 @@ def check_lengths(profile: Profile) -> None:
     for fields, length in lengths.items():
         if positions is not None and length > positions:
             raise ModelError(
-                f"{fields} = {length} tokens, but {profile.model.name} has positions for "
-                f"{positions} (max_position_embeddings); lower {fields}"
+                f"{fields} = {length} tokens, but {name} has positions for {positions} "
+                f"(max_position_embeddings); lower {fields}"
             )
     # The mask of a decoding step covers the whole text; a cache that forgets would not fit it.
     layers = DynamicCache(config=found).layers
@@ -92,109 +86,38 @@ def check_lengths(profile: Profile) -> None:
     if decoded > window:
         raise ModelError(
             f"data.max_prompt_length + reinforce.max_completion_length = {decoded} tokens, but "
-            f"layers of {profile.model.name} see only the last {window} (sliding window); lower "
-            "one of the two"
+            f"layers of {name} see only the last {window} (sliding window); lower one of the two"
         )
 
 
-def linear_layers(model: nn.Module, first_layer: int = 0) -> list[str]:
-    """Return the names of the linear modules in the numbered layers from `first_layer` up."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and (number := INSIDE.search(name))
-        and int(number.group(1)) >= first_layer
-    ]
-
-
-def _check_kind(found: PreTrainedConfig) -> None:
-    if found.is_encoder_decoder:
-        raise ModelError("is an encoder-decoder model")
-    if found.get_text_config() is not found:
-        raise ModelError("reads more than text")
-    if quantized := getattr(found, "quantization_config", None):
-        method = dict(quantized).get("quant_method", "unknown method")
-        raise ModelError(f"its weights are quantised already ({method})")
-
-
-def _skeleton(auto_class: Any, found: PreTrainedConfig) -> PreTrainedModel:
-    try:
-        with torch.device("meta"):
-            return auto_class.from_config(found, trust_remote_code=False)
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ModelError(
-            f"transformers builds no {auto_class.__name__} of it ({reason})"
-        ) from error
-
-
-def _check_layers(policy: PreTrainedModel) -> None:
-    odd = {
-        type(module).__name__
-        for name, module in policy.named_modules()
-        if INSIDE.search(f"{name}.")
-        and not isinstance(module, nn.Linear)
-        and any(weight.dim() > 1 for weight in module.parameters(recurse=False))
-    }
-    if odd:
-        raise ModelError(
-            f"its layers hold weights in {', '.join(sorted(odd))}, not in plain linear layers, "
-            "which are what is quantised and adapted"
+def _try_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Sample two tokens and hold all log-probabilities against the model's own forward pass."""
+    policy = load_policy(config, lora_r=1, lora_alpha=1, seed=0)
+    prompt = encode_prompt(tokenizer, [{"role": "user", "content": "Hi"}])
+    drawn = sample(policy, tokenizer, [prompt], sampling_noise(0, 1, 2), temperature=0)
+    ids = [*prompt, *drawn.completion_ids[0]]
+    # Of the prompt's tokens, too: what scales or caps logits shows where a token is unlikely.
+    found, _ = completion_logprobs(policy, [ids[:1]], [ids[1:]], 1.0, tokenizer.pad_token_id)
+    found.sum().backward()
+    text = torch.tensor([ids], device=device())
+    with torch.no_grad():
+        rows = policy(input_ids=text).logits[0, :-1].float().log_softmax(-1)
+    tokens = rows.gather(-1, text[0, 1:, None])[:, 0]
+    if not abs(found.item() - tokens.sum().item()) <= 0.02 * abs(tokens.sum().item()):
+        raise ValueError(
+            "its log-probabilities are not those of its body and output layer alone: "
+            f"{found.item():.2f} nats, and {tokens.sum().item():.2f} by its own forward pass"
         )
-    if not linear_layers(policy):
-        raise ModelError("it has no numbered layers with linear ones inside")
+    if (rows.amax(-1) - tokens)[len(prompt) - 1 :].max() > 1:
+        raise ValueError("with a cache it takes other tokens than without")
+    return ids
 
 
-def _check_policy(policy: PreTrainedModel) -> None:
-    """The body must decode as `rollout` asks it to, and the logits be the output layer's alone."""
-    body, head = getattr(policy, policy.base_model_prefix, None), policy.get_output_embeddings()
-    if body is None or not isinstance(head, nn.Linear):
-        raise ModelError(f"it has no body {policy.base_model_prefix!r} with a linear output layer")
-    try:
-        cached = _decode_three(body)
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise ModelError(f"its body does not decode with a cache ({reason})") from error
-    if cached != 3:
-        raise ModelError(f"its body kept {cached} of 3 decoded tokens in the cache")
-    few = 8  # outputs of a small identity in the place of the output layer
-    head.weight, head.bias = nn.Parameter(torch.eye(few, head.in_features)), None
-    hidden = torch.linspace(1, 100, 2 * head.in_features).reshape(1, 2, -1)
-    answer = BaseModelOutputWithPast(last_hidden_state=hidden)
-    hook = body.register_forward_hook(lambda *_: answer)
-    try:
-        with torch.no_grad():
-            logits = policy(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta")).logits
-    except Exception as error:
-        raise ModelError("its logits do not come from its body and output layer alone") from error
-    finally:
-        hook.remove()
-    if not torch.allclose(logits.float(), hidden[..., :few]):
-        raise ModelError("it scales or caps the logits after its output layer")
-
-
-@torch.no_grad()
-def _decode_three(body: nn.Module) -> int:
-    """Read two tokens, then one more, as sampling does; return how many the cache holds."""
-    cache = DynamicCache(config=body.config)
-    for new, seen in ((2, 2), (1, 3)):
-        ids = torch.zeros(1, new, dtype=torch.long, device="meta")
-        bias = torch.zeros(1, 1, new, seen, dtype=body.dtype, device="meta")
-        body(ids, bias, ids, cache, use_cache=True)
-    return cache.get_seq_length()
-
-
-def _check_head(reward: PreTrainedModel) -> None:
-    head = getattr(reward, "score", None)
-    if not isinstance(head, nn.Linear) or head.in_features != reward.config.hidden_size:
-        raise ModelError(
-            f"the head of {type(reward).__name__} is no linear layer 'score' on the hidden states"
-        )
-
-
-def _check_cache(found: PreTrainedConfig) -> None:
-    kinds = {type(layer) for layer in DynamicCache(config=found).layers}
-    odd = sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
-    if odd:
-        raise ModelError(f"its layers keep more than keys and values ({', '.join(odd)})")
+def _try_reward_model(config: ModelConfig, first_layer: int, ids: torch.Tensor) -> None:
+    """Score a text of shape (1, time) and ask where the gradient arrives."""
+    model = load_reward_base(config, 1, 1, 1, first_layer, seed=0)
+    score = model(input_ids=ids.to(device()), use_cache=False).logits
+    score.sum().backward()
+    reached = [name for name, p in model.named_parameters() if p.grad is not None]
+    if not any("score" in name for name in reached):
+        raise ValueError("its score does not come from the head 'score'")

@@ -14,18 +14,18 @@ from transformers.masking_utils import sdpa_mask
 REPEATED = "sdpa_repeated_keys"
 
 
-def groups_keys(where: torch.device) -> bool:
-    """Tell whether the device has a fast attention in which heads share keys and values.
-
-    On CUDA only flash attention can, from compute capability 8 on. Before, torch would silently
-    take the plain computation, which keeps the scores of all pairs of positions in fp32.
-    """
-    return where.type != "cuda" or torch.cuda.get_device_capability(where) >= (8, 0)
-
-
 def attention_name(where: torch.device) -> str | None:
-    """Return the attention for a device; None leaves it to transformers."""
-    return None if groups_keys(where) else REPEATED
+    """Return the attention for a device, made known to transformers; None leaves it to them.
+
+    On CUDA only flash attention lets heads share keys and values, from compute capability 8 on.
+    Before, torch would silently take the plain computation, which keeps the scores of all pairs of
+    positions in fp32.
+    """
+    if where.type != "cuda" or torch.cuda.get_device_capability(where) >= (8, 0):
+        return None
+    AttentionInterface.register(REPEATED, _repeated_attention)
+    AttentionMaskInterface.register(REPEATED, sdpa_mask)
+    return REPEATED
 
 
 def _repeated_attention(
@@ -50,7 +50,3 @@ def _repeated_attention(
         is_causal=attention_mask is None and query.shape[2] > 1,
     )
     return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(REPEATED, _repeated_attention)
-AttentionMaskInterface.register(REPEATED, sdpa_mask)

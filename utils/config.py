@@ -91,7 +91,7 @@ class RewardConfig:
     learning_rate: float = 3e-4
     warmup_ratio: float = 0.1
     groups_per_step: int = 8  # a group: the responses to a prompt that were rated side by side
-    micro_groups: int | None = 4  # groups per forward pass; None: what free memory allows
+    micro_groups: int | None = 4  # groups per forward pass; None: 8, or what memory allows
     lora_r: int = 16  # 0: no adapters, the weights from first_layer up are trained in full
     lora_alpha: int = 32
     first_layer: int = 15  # adapters from this layer up; the layers below stay frozen
@@ -137,7 +137,7 @@ class ReinforceConfig:
     ema_decay: float = 0.9
     lora_r: int = 16
     lora_alpha: int = 32
-    micro_batch: int | None = 8  # sequences per forward and backward pass; None: as memory allows
+    micro_batch: int | None = 8  # sequences per pass; None: 32, or what memory allows
     max_grad_norm: float = 1.0
     eval_steps: int = 8  # held-out evaluation on validation prompts every this many steps
     save_steps: int = 4  # not used with a kl_budget: then each evaluation saves

@@ -9,6 +9,7 @@ are then one and the same.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -17,18 +18,6 @@ from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
-
-_optimizer_steps = 0
-
-
-def _count_step(*_: Any) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-# Fused optimisers write the weights without raising torch's version counters, so those alone
-# would leave the merged weights as they were before the first step.
-register_optimizer_step_post_hook(_count_step)
 
 
 class _MergedLinear(torch.autograd.Function):
@@ -66,14 +55,19 @@ class MergedLoraLinear(PeftLoraLinear):
     which its address and torch's version counter tell.
     """
 
+    steps = 0  # of any optimiser, since the first of these layers was made
     _merged: Tensor | None = None
     _made_from: tuple[int, ...] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _count_steps()
 
     def merged_weight(self) -> Tensor:
         """Return W + s B A in the dtype of W, shape (out_features, in_features)."""
         name = self._adapter()
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        state = (a.data_ptr(), a._version, b.data_ptr(), b._version, _optimizer_steps)
+        state = (a.data_ptr(), a._version, b.data_ptr(), b._version, MergedLoraLinear.steps)
         if self._made_from != state:
             weight = self.get_base_layer().weight
             with torch.no_grad():
@@ -111,6 +105,20 @@ class MergedLoraLinear(PeftLoraLinear):
             self.lora_B[name].weight,
             self.scaling[name],
         )
+
+
+@functools.cache  # once
+def _count_steps() -> None:
+    """Count the steps of all optimisers.
+
+    Fused ones write the weights without raising torch's version counters, so those alone would
+    leave the merged weights as they were before the first step.
+    """
+
+    def count(*_: Any) -> None:
+        MergedLoraLinear.steps += 1
+
+    register_optimizer_step_post_hook(count)
 
 
 def merged_lora(config: LoraConfig) -> LoraConfig:

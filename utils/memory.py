@@ -1,4 +1,4 @@
-"""Batches that fit in memory: how large they can be, and what to do when it runs out."""
+"""What to do when memory runs out: half the batch."""
 
 from __future__ import annotations
 
@@ -6,14 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-import psutil
-import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from utils.models import device
-
 T = TypeVar("T")
-USABLE = 0.8  # of the free memory
 
 
 class MemoryTooSmall(RuntimeError):
@@ -58,22 +53,3 @@ class BatchSize:
                 )
             self.size //= 2
             print(f"[memory] {self.what}: out of memory, going on with {self.size}", flush=True)
-
-
-def free_memory_gb() -> float:
-    """Return what is free on the device, in GB (10^9 bytes)."""
-    if device().type == "cuda":
-        return torch.cuda.mem_get_info()[0] / 1e9
-    return psutil.virtual_memory().available / 1e9
-
-
-def fitting_size(per_row_gb: float, fixed_gb: float, free_gb: float, largest: int) -> int:
-    """Return the largest power of two that fits, at most `largest`, at least 1.
-
-    A fifth of the free memory is left alone: it goes to fragments, to the libraries' workspaces
-    and to what a plan does not see.
-    """
-    size = 1
-    while 2 * size <= largest and fixed_gb + 2 * size * per_row_gb <= USABLE * free_gb:
-        size *= 2
-    return size

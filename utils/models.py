@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ from transformers import (
 )
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
-from utils.architecture import check_architecture, linear_layers
 from utils.attention import attention_name
 from utils.config import ModelConfig
 from utils.lora import merged_lora
 from utils.weights import ModelError, load_tokenizer, weights_path
 
+INSIDE = re.compile(r"\.(\d+)\.")  # the layer's number in a module name; a head has none
 # A 4-bit weight: half a byte, one byte of scale per 64 weights, and an fp32 scale of the scales
 # per 256 blocks (QLoRA, Dettmers et al. 2023, sec. 3).
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -61,7 +62,6 @@ def load_policy(config: ModelConfig, lora_r: int, lora_alpha: int, seed: int) ->
     The adapter starts as the identity, so the new policy is the SFT model; the reference policy is
     this same model inside `disable_adapter()`.
     """
-    check_architecture(config)
     set_seed(seed)
     base = _load(AutoModelForCausalLM, config)
     return _adapt(base, lora_r, lora_alpha, "CAUSAL_LM")
@@ -81,10 +81,8 @@ def load_reward_base(
         seed: of the head's and the adapters' first values.
 
     Raises:
-        ModelError: if the architecture does not suit, has no layer `first_layer`, or if weights in
-            4 bits were to be trained.
+        ModelError: if weights in 4 bits were to be trained.
     """
-    check_architecture(config, first_layer)
     if not lora_r and config.quantization != "none":
         raise ModelError(
             "weights in 4 bits cannot be trained: with reward.lora_r = 0, set "
@@ -102,6 +100,17 @@ def load_reward_base(
     for name in [*linear_layers(base, first_layer), "score"]:
         base.get_submodule(name).requires_grad_(True)
     return base
+
+
+def linear_layers(model: nn.Module, first_layer: int = 0) -> list[str]:
+    """Return the names of the linear modules in the numbered layers from `first_layer` up."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and (number := INSIDE.search(name))
+        and int(number.group(1)) >= first_layer
+    ]
 
 
 def memory_table(model: PeftModel, config: ModelConfig) -> dict[str, float]:

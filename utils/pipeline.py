@@ -15,13 +15,12 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from utils.alignment import align_policy
-from utils.architecture import check_model
+from utils.architecture import check_config, try_model
 from utils.checkpoints import load_adapter
 from utils.config import Profile, flatten
 from utils.data import Group, Pair, PreferenceData, drop_long, load_data, require_splits
 from utils.distributed import processes
 from utils.evaluation import Scorer, evaluate_policy
-from utils.memory_plan import describe, memory_plan, policy_micro_batch, reward_micro_groups
 from utils.models import load_policy
 from utils.profiles import with_fields
 from utils.reinforce import Monitor
@@ -29,7 +28,6 @@ from utils.results import ResultsError, Run, prepare, read_jsonl, runs_dir, writ
 from utils.reward_evaluation import pair_metrics, scored_responses
 from utils.reward_training import train_reward_model
 from utils.rewards import KINDS, RewardModel
-from utils.rollout import DECODED
 from utils.weights import encode_dialogue, encode_prompt, load_tokenizer
 
 SCALE_PROMPTS = 128  # training prompts whose SFT samples fix the unit of the reward
@@ -46,9 +44,9 @@ def prepared_data(profile: Profile) -> PreferenceData:
 
     Raises:
         DataError: if the data cannot be used.
-        ModelError: if the model cannot be; this is found out before anything is trained.
+        ModelError: if the model's configuration does not suit.
     """
-    check_model(profile)
+    check_config(profile)
     tokenizer = load_tokenizer(profile.model)
 
     def encode(messages: Any, response: Any) -> list[int]:
@@ -78,9 +76,15 @@ def stage_config(profile: Profile, fields: tuple[str, ...], **extra: Any) -> dic
 
 
 def open_stage(profile: Profile, name: str, config: dict[str, Any]) -> tuple[Run, bool]:
-    """Return the run of a stage and whether it is already finished."""
+    """Return the run of a stage and whether it is already finished.
+
+    Raises:
+        ModelError: if it is not, and the model does not suit; see `try_model`.
+    """
     directory = runs_dir(profile) / name
     state = prepare(directory, config)
+    if state != "reuse":
+        try_model(profile.model, profile.reward.first_layer)
     run = Run(directory, config, profile.seed, config["data.fingerprint"])
     return run, state == "reuse"
 
@@ -101,7 +105,6 @@ def reward_stage(kind: str, profile: Profile) -> tuple[RewardModel, Run]:
             f"{run.directory.name} is not there yet, and one process trains it: first run "
             f"`python -m utils.train reward {kind} --profile {profile.name}`, without a launcher"
         )
-    print_plan(profile)
     data = prepared_data(profile)
     groups, pairs = data.groups_of("train"), data.pairs("test")
     return train_and_score(kind, profile, groups, pairs, run), run
@@ -169,15 +172,14 @@ def align_stage(
     See `align_policy` for what `run.json` then holds.
     """
     with processes().main_process_first():  # what is missing is made once
-        policy, tokenizer = load_sft(profile)
         config = stage_config(profile, ALIGN_FIELDS, kind=kind)
         run, finished = open_stage(profile, f"align_{kind}", config)
+        policy, tokenizer = load_sft(profile)
         if finished:
             load_adapter(run.directory, policy)
             return policy, tokenizer, run
         reward_model, _ = reward_stage(kind, profile)
         reward = reward_model, reward_scale(reward_model, profile)
-    print_plan(profile)
     data = prepared_data(profile)
     align_policy(policy, tokenizer, profile, data, run, reward, {"own": reward}, monitor)
     return policy, tokenizer, run
@@ -188,13 +190,6 @@ def align_run(kind: str, profile: Profile) -> Run:
     config = stage_config(profile, ALIGN_FIELDS, kind=kind)
     run, finished = open_stage(profile, f"align_{kind}", config)
     return run if finished else align_stage(kind, profile)[2]
-
-
-def print_plan(profile: Profile) -> None:
-    """Print what the profile's stages will need in memory, with the batches they will use."""
-    batches = policy_micro_batch(profile), reward_micro_groups(profile)
-    sampled = min(profile.reinforce.prompts_per_step, DECODED)
-    print(describe(memory_plan(profile, *batches, sampled)), flush=True)
 
 
 def before_and_after(

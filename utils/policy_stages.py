@@ -17,7 +17,6 @@ from utils.pipeline import (
     load_sft,
     open_stage,
     prepared_data,
-    print_plan,
     reward_scale,
     runs_dir,
     stage_config,
@@ -94,7 +93,6 @@ def _train(stage: str, arm: PolicyArm, profile: Profile) -> Run:
         own, judge = ((load_published(name), scale_stage(name)) for name in (arm.reward, "judge"))
         training = PolicyReward(own[0], arm.readout), scale_stage(arm.reward, arm.readout)
         policy, tokenizer = load_sft(profile)
-        print_plan(profile)
         align_policy(
             *(policy, tokenizer, profile, prepared_data(profile), run),
             training,

@@ -1,7 +1,8 @@
 """The policies of the study: trials, training, and evaluation on the test prompts.
 
     python -m utils.policy_study                     # all that is missing
-    python -m utils.policy_study scalar ordinal:1    # an arm with all its seeds, one of another
+    python -m utils.policy_study scalar ordinal:1    # an arm with all its seeds, one of another;
+                                                     # those of reward models are known, too
     python -m utils.policy_study trials              # the hyper-parameters, on validation prompts
     python -m utils.policy_study tests               # controls and what is trained, test prompts;
                                                      # averages of an arm's seeds, too
@@ -9,7 +10,7 @@
 The reward models and the judge are the published ones. A policy lands in
 runs/cpu/align_<arm>_s<seed>, its evaluation in runs/cpu/test_<arm>_s<seed>; what was stopped goes
 on from its last checkpoint. `python -m utils.published` copies what is there into results/,
-`make policies` does both.
+`make study` does both.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import pandas as pd
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from utils import study
 from utils.averaging import average_adapters
 from utils.comparison import Comparison
 from utils.environment import quiet
@@ -141,12 +143,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     stages = ("trials", *ARMS, "tests")
     wanted = parser.parse_args(arguments).stages or stages
-    if unknown := [entry for entry in wanted if entry.partition(":")[0] not in stages]:
-        parser.error(f"unknown: {', '.join(unknown)}; there are: {', '.join(stages)}")
+    known = (*study.ARMS, *stages)
+    if unknown := [entry for entry in wanted if entry.partition(":")[0] not in known]:
+        parser.error(f"unknown: {', '.join(unknown)}; there are: {', '.join(known)}")
     quiet()
     for entry in wanted:
         name, _, seed = entry.partition(":")
-        if name == "trials":
+        if name in study.ARMS:
+            study.main([entry])
+        elif name == "trials":
             for trial in TRIALS:
                 _report(partial(trial_stage, trial))
         elif name == "tests":

@@ -89,7 +89,7 @@ def load_aligned(arm: str) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     index = read_json(INDEX).get(POLICIES, {})
     if arm not in index:
         raise ResultsError(
-            f"no published policy {arm!r}; there are: {', '.join(index) or 'none'}. `make policies`"
+            f"no published policy {arm!r}; there are: {', '.join(index) or 'none'}. `make study`"
             " trains and publishes them"
         )
     state = _state(index[arm])

@@ -22,11 +22,12 @@ from utils.checkpoints import Damaged, read_tensors, read_whole
 from utils.config import Profile, RewardConfig
 from utils.data import Group
 from utils.memory import BatchSize
-from utils.memory_plan import largest_divisor, reward_micro_groups
 from utils.models import compute_dtype, device
 from utils.results import Run, set_aside
 from utils.reward_trainer import GroupCollator, GroupRewardTrainer, pair_set, training_set
 from utils.rewards import KINDS, RewardModel
+
+MICRO_GROUPS = 8  # groups in one pass, to begin with, if the configuration leaves it open
 
 
 class _Progress(TrainerCallback):
@@ -76,8 +77,7 @@ def train_reward_model(
         groups: training groups.
         run: the run to log to.
     """
-    responses = max(len(group.responses) for group in groups)
-    size = reward_micro_groups(profile, responses)
+    size = profile.reward.micro_groups or MICRO_GROUPS
     micro = BatchSize(f"{run.directory.name}, groups in one pass", size)
     return micro.run(lambda size: _train(kind, profile, groups, run, size))
 
@@ -87,7 +87,8 @@ def _train(
 ) -> RewardModel:
     """Train with at most `size` groups in one pass, from the last checkpoint or from scratch."""
     reward = profile.reward
-    micro_groups = largest_divisor(reward.groups_per_step, size)
+    whole = reward.groups_per_step
+    micro_groups = next(n for n in range(min(size, whole), 0, -1) if whole % n == 0)
     reward_model = RewardModel.fresh(kind, profile)
     dataset = training_set(groups, reward_model.tokenizer, reward)
     steps = math.ceil(reward.epochs * math.ceil(len(dataset) / reward.groups_per_step))

@@ -11,22 +11,31 @@ Executed copies go to runs/<profile>/notebooks. The notebooks themselves change 
 from __future__ import annotations
 
 import argparse
-import json
+import asyncio
+import contextlib
 import os
+import re
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nbformat
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbformat import NotebookNode
 
 from utils.config import ConfigError
-from utils.kernel import ReportClient, say
-from utils.profiles import PROFILES, load_profile
-from utils.publish import RunError, clean, list_notebooks, publish, read_record, write_file
+from utils.environment import ROOT as REPO
+from utils.environment import peak_rss_gb
+from utils.profiles import load_profile
+from utils.publish import NUMBERED, RunError, code_cells, publish, read_record, save_notebook
+from utils.results import write_json
 
-REPO = Path(__file__).resolve().parents[1]
 # Defaults for the kernels: large blocks stay with the process, which saves page faults on a CPU.
 KERNEL_ENVIRONMENT = {
     "THP_MEM_ALLOC_ENABLE": "1",
@@ -38,70 +47,112 @@ KERNEL_ENVIRONMENT = {
 }
 
 
-def execute(path: Path, profile: str, root: Path) -> dict[str, float]:
-    """Execute one notebook into runs/<profile>/notebooks and return its cost.
+class ReportClient(NotebookClient):
+    """Executes one notebook in a kernel of the running interpreter and shows its progress.
 
-    The kernel reads the profile from REPORT_PROFILE, which `main` has set.
+    Ctrl-C interrupts the cell, so that it can save its work; a second one ends the kernel.
+    """
+
+    def __init__(self, notebook: NotebookNode) -> None:
+        specs = KernelSpecManager(kernel_dirs=[])  # not the kernels that the user has registered
+        super().__init__(
+            notebook,
+            km=AsyncKernelManager(kernel_spec_manager=specs, transport_encryption="auto"),
+            record_timing=False,
+            coalesce_streams=True,
+            on_notebook_start=self._listen,
+            on_cell_start=self._announce,
+            on_cell_executed=self._measure,
+        )
+        self.place, self.heading, self.unfinished = 0, "", ""
+        self.peak_rss_gb, self.stopped = 0.0, False
+
+    def output(self, outs: Any, msg: dict[str, Any], *where: Any) -> NotebookNode | None:
+        """Keep the output, and show at once the progress lines, which start with a bracket."""
+        if msg["content"].get("name") == "stdout":
+            *lines, self.unfinished = re.split("[\r\n]+", self.unfinished + msg["content"]["text"])
+            for line in lines:
+                if line.startswith("["):
+                    print(f"    {line}", flush=True)
+        return super().output(outs, msg, *where)
+
+    def _listen(self, **_: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # Windows has no such handlers
+            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self._stop)
+
+    def _stop(self) -> None:
+        end = self.km.shutdown_kernel(now=True) if self.stopped else self.km.interrupt_kernel()
+        self.stopped, self._ending = True, asyncio.ensure_future(end)
+
+    def _announce(self, cell: NotebookNode, **_: Any) -> None:
+        if self.stopped:  # the cell before has survived the signal
+            raise RunError("stopped")
+        if cell.cell_type == "code":
+            self.place += 1
+            print(f"  cell {self.place}/{len(code_cells(self.nb))}  {self.heading}", flush=True)
+        elif heading := re.search(r"^#+ +(.+)$", cell.source, re.M):
+            self.heading = heading[1]
+
+    def _measure(self, **_: Any) -> None:
+        self.peak_rss_gb = max(self.peak_rss_gb, peak_rss_gb(self.km.provisioner.pid))
+
+
+def execute(path: Path, profile: str, root: Path) -> dict[str, float]:
+    """Execute one notebook into runs/<profile>/notebooks, or failed, and return its cost.
 
     Raises:
-        RunError: if a cell fails, the kernel dies, or the user stops it; what was executed is
-            then in runs/<profile>/failed.
+        RunError: if a cell fails or the kernel dies.
+        KeyboardInterrupt: if the user stops it.
     """
-    notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.update(outputs=[], execution_count=None)
-    client = ReportClient(notebook, path.parent)
-    folder, started = root / "runs" / profile, time.monotonic()
-    done, partial = folder / "notebooks" / path.name, folder / "failed" / path.name
+    notebook, started = nbformat.read(path, as_version=4), time.monotonic()
+    cells, folder = code_cells(notebook), root / "runs" / profile
+    for cell in cells:
+        cell.update(outputs=[], execution_count=None)
+    client, reason = ReportClient(notebook), ""
     try:
-        client.execute(env={**KERNEL_ENVIRONMENT, **os.environ})
-        if client.stopped:  # the last cell survived the signal, but hardly its work
-            raise RunError("stopped", 130)
-    except (CellExecutionError, DeadKernelError, RunError) as error:
-        write_file(partial, nbformat.writes(clean(notebook, profile, root)) + "\n")
+        environment = {**KERNEL_ENVIRONMENT, **os.environ}
+        client.execute(env=environment, cwd=str(path.parent), cleanup_kc=True)
+    except CellExecutionError as error:
+        reason = f"{error.ename}: {error.evalue}".strip().splitlines()[-1]
+    except DeadKernelError:
+        reason = "the kernel died, most often for lack of memory"
+    except RunError:  # stopped between two cells
+        pass
+    partial = folder / "failed" / path.name
+    if reason or client.stopped:
+        save_notebook(notebook, partial, profile, root)
+        where = f"{path.name}, code cell {client.place} of {len(cells)} ({client.heading})"
         saved = f"what was executed is in {partial.relative_to(root)}"
         if client.stopped:
-            raise RunError(f"stopped in {path.name}; {saved}", 130) from None
-        reason = "the kernel died, most often for lack of memory"
-        if isinstance(error, CellExecutionError):
-            reason = f"{error.ename}: {error.evalue}".strip().splitlines()[-1]
-        where = f"{path.name}, code cell {client.position} of {client.code_cells}"
-        raise RunError(f"FAILED {where} ({client.heading}): {reason}\n{saved}") from None
-    write_file(done, nbformat.writes(clean(notebook, profile, root)) + "\n")
+            raise KeyboardInterrupt(f"stopped in {where}; {saved}")
+        raise RunError(f"FAILED {where}: {reason}\n{saved}")
+    save_notebook(notebook, folder / "notebooks" / path.name, profile, root)
     partial.unlink(missing_ok=True)
     seconds = round(time.monotonic() - started, 1)
     return {"seconds": seconds, "peak_rss_gb": round(client.peak_rss_gb, 2)}
 
 
 def run(paths: Sequence[Path], profile: str, root: Path) -> None:
-    """Execute notebooks in order, with the time used and left, and print what came out of it.
+    """Execute notebooks in order, with the time used, and left by what is known of their cost.
 
-    `times.json` has the last duration of each notebook. `cost.json` has the largest, because a
-    repeated run that reuses artefacts is not what the work costs; `make clean` resets it.
+    `cost.json` has the largest cost of each notebook, because a repeated run that reuses artefacts
+    is not what the work costs; `make clean` resets it.
     """
     folder, started = root / "runs" / profile, time.monotonic()
-    times, cost = read_record(folder / "times.json"), read_record(folder / "cost.json")
-    measured: dict[str, dict[str, float]] = {}
+    cost = read_record(folder / "cost.json")
+    known = read_record(root / "results" / f"{profile}-cost.json") | cost
     for number, path in enumerate(paths, 1):
-        left = _left([rest.stem for rest in paths[number - 1 :]], times, list(measured))
-        elapsed = _minutes(time.monotonic() - started)
-        say(f"== {path.stem} ({number} of {len(paths)}), {elapsed} so far{left}")
-        measured[path.stem] = now = execute(path, profile, root)
-        times[path.stem] = now["seconds"]
+        left = [known.get(rest.stem, {}).get("seconds") for rest in paths[number - 1 :]]
+        about = "" if None in left else f", at most {sum(left) / 60:.1f} left"
+        used = (time.monotonic() - started) / 60
+        print(f"== {path.stem} ({number} of {len(paths)}), {used:.1f} min used{about}", flush=True)
+        now = execute(path, profile, root)
         before = cost.get(path.stem, now)
         cost[path.stem] = {name: max(now[name], before[name]) for name in now}
-        write_file(folder / "times.json", json.dumps(times, indent=1) + "\n")
-        write_file(folder / "cost.json", json.dumps(cost, indent=1) + "\n")
-        say(f"== {path.stem} done in {_minutes(now['seconds'])}")
-    say(f"\nfinished in {_minutes(time.monotonic() - started)}")
-    for name, values in measured.items():
-        say(f"  {name:<32} {_minutes(values['seconds']):>9}  peak {values['peak_rss_gb']:.2f} GB")
-    shown = folder.relative_to(root).as_posix()
-    say(f"notebooks  {shown}/notebooks\nfigures    {shown}/figures\ntables     {shown}/tables")
-    say(f"runs       {shown}/<run>")
-    if profile in PROFILES:
-        say(f"to publish all of it: make publish PROFILE={profile}")
+        write_json(folder / "cost.json", cost)
+        print(f"== done in {now['seconds']:.0f} s, peak {now['peak_rss_gb']:.2f} GB", flush=True)
+    minutes = (time.monotonic() - started) / 60
+    print(f"finished in {minutes:.1f} min; all that was made is in runs/{profile}")
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = REPO) -> int:
@@ -111,59 +162,26 @@ def main(arguments: Sequence[str] | None = None, root: Path = REPO) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    chosen = os.environ.get("REPORT_PROFILE") or "quick"
-    profiles = " | ".join([*PROFILES, "a JSON file"])
-    parser.add_argument("--profile", default=chosen, help=profiles)
-    parser.add_argument("--only", nargs="+", metavar="NN", help="notebooks, by their first letters")
+    default = os.environ.get("REPORT_PROFILE") or "quick"
+    parser.add_argument("--profile", default=default, help="its name, or a JSON file")
+    parser.add_argument("--only", nargs="+", default=[""], help="notebooks, by their first letters")
     parser.add_argument("--publish", action="store_true", help="copy runs/<profile> to results/")
-    parser.add_argument("--list", action="store_true", help="list the notebooks and stop")
     options = parser.parse_args(arguments)
+    os.environ["REPORT_PROFILE"] = options.profile  # the kernels take it from there
     try:
-        profile = _chosen_profile(options.profile)
-        paths = list_notebooks(root, options.only)
-        if not paths:
-            raise RunError("there are no notebooks")
-        if options.list:
-            times = read_record(root / "runs" / profile / "times.json")
-            for path in paths:
-                say(f"{path.stem:<32} {_minutes(times[path.stem]) if path.stem in times else '-'}")
-        elif options.publish:
-            if profile not in PROFILES:
-                raise RunError(
-                    f"{options.profile} is not published: that would replace the results and "
-                    f"outputs of the report; what it made stays in runs/{profile}",
-                    2,
-                )
-            publish(profile, root)
-        else:
-            run(paths, profile, root)
-    except (RunError, KeyboardInterrupt) as error:
-        code = error.code if isinstance(error, RunError) else 130
-        print(str(error) or "stopped", file=sys.stderr)
-        if code == 130:
-            print("finished artefacts are kept; the same command continues", file=sys.stderr)
-        return code
+        profile, paths = load_profile().name, sorted((root / "notebooks").glob(NUMBERED))
+        chosen = [path for path in paths if path.name.startswith(tuple(options.only))]
+        if not chosen:
+            known = ", ".join(path.stem for path in paths)
+            raise RunError(f"no notebook starts with {' or '.join(options.only)}: {known}")
+        publish(profile, root) if options.publish else run(chosen, profile, root)
+    except (ConfigError, RunError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        print(f"{error}\nwhat is finished is kept; the same command continues", file=sys.stderr)
+        return 130
     return 0
-
-
-def _chosen_profile(choice: str) -> str:
-    """Make the choice that of the kernels, too, check it, and return the profile's name."""
-    os.environ["REPORT_PROFILE"] = choice
-    try:
-        return load_profile().name
-    except ConfigError as error:
-        raise RunError(str(error), 2) from None
-
-
-def _left(names: list[str], times: dict[str, float], measured: list[str]) -> str:
-    """Estimate the time of `names`; an unknown notebook counts as the mean of those measured."""
-    typical = sum(times[name] for name in measured) / len(measured) if measured else None
-    expected = [times.get(name, typical) for name in names]
-    return "" if None in expected else f", about {_minutes(sum(expected))} left"
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from utils.memory import BatchSize
 from utils.models import compute_dtype, device
 from utils.rollout import Rollout, completion_logprobs
 
+MICRO_BATCH = 32  # sequences in one pass, to begin with, if the configuration leaves it open
 OVERFLOWS = 20  # retries of a step whose fp16 gradients overflow, each at half the loss scale
 
 
@@ -36,7 +37,8 @@ class PolicyUpdate:
     ) -> None:
         self.policy, self.optimizer = policy, optimizer
         self.config, self.pad_token_id = config, pad_token_id
-        self.micro_batch = BatchSize("sequences in one pass of the update", config.micro_batch)
+        size = config.micro_batch or MICRO_BATCH
+        self.micro_batch = BatchSize("sequences in one pass of the update", size)
         where = device()
         fp16 = compute_dtype(where) == torch.float16
         self.scaler = torch.amp.GradScaler(where.type, enabled=fp16)

@@ -8,6 +8,7 @@ import builtins
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from utils.address import badge, read_address
+from utils.colab import ADDRESS
 from utils.publish import code_hash
 from utils.run import REPO
 
@@ -112,7 +113,7 @@ def test_every_figure_is_embedded(path: Path):
 @each_notebook
 def test_outputs_are_of_the_present_code(path: Path):
     report = read(path).metadata.get("report", {})
-    assert report.get("code_hash") == code_hash(read(path), REPO / "utils"), (
+    assert report.get("code_hash") == code_hash(read(path)), (
         "the code has changed since the execution: `make run`, then `make publish`"
     )
 
@@ -134,9 +135,30 @@ def test_one_cell_sets_the_parameters(path: Path):
 
 @each_notebook
 def test_badge_opens_this_notebook(path: Path):
+    """While the address is not set it is a comment: no link leads to a page that is not there."""
     title, shown, *_ = read(path).cells[0].source.split("\n\n")
     assert title.startswith("# ")
-    assert shown == badge(read_address(), path.name), "`make address URL=...` writes it"
+    colab, repository = "https://colab.research.google.com", ADDRESS.removeprefix("https://")
+    page = f"{colab}/{repository.replace('.com', '')}/blob/main/notebooks/{path.name}"
+    badge = f"[![Open in Colab]({colab}/assets/colab-badge.svg)]({page})"
+    assert shown == (f"<!-- {badge} -->" if "OWNER/REPOSITORY" in ADDRESS else badge)
+
+
+def test_the_address_is_set_as_the_readme_says(tmp_path: Path):
+    """By one line for the shell, in the notebooks and in `utils/colab.py`."""
+    (line,) = re.findall(r"^sed .*OWNER/REPOSITORY.*$", (REPO / "README.md").read_text(), re.M)
+    if "OWNER/REPOSITORY" not in ADDRESS or not shutil.which("sed"):
+        pytest.skip("the address is set, or there is no sed")
+    for name in ("notebooks/01_data.ipynb", "utils/colab.py"):
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(REPO / name, tmp_path / name)
+    subprocess.run(line, shell=True, cwd=tmp_path, check=True)
+    first, second, *_ = nbformat.read(tmp_path / "notebooks/01_data.ipynb", as_version=4).cells
+    badge = first.source.split("\n\n")[1]
+    assert badge.startswith("[![Open in Colab](")
+    assert badge.endswith("/github/me/fork/blob/main/notebooks/01_data.ipynb)")
+    assert "https://github.com/me/fork report" in second.source
+    assert 'ADDRESS = "https://github.com/me/fork"' in (tmp_path / "utils/colab.py").read_text()
 
 
 @each_notebook
@@ -145,10 +167,10 @@ def test_first_code_cell_prepares_colab(path: Path):
     assert first.metadata.get("tags") == ["colab"]
     assert second.metadata.get("tags") == ["parameters"]
     assert not [cell for cell in others if "colab" in cell.metadata.get("tags", [])]
-    assert len(first.source.splitlines()) <= 15
+    assert len(first.source.splitlines()) <= 12
     assert first.source == code_cells(NOTEBOOKS[0])[0].source, "it is the same in all notebooks"
     assert first.source.startswith("DRIVE = False"), "the one flag is hard to find"
-    assert f'\nADDRESS = "{read_address()}"\n' in first.source
+    assert f" {ADDRESS} report\n" in first.source
     assert not first.outputs, "it does nothing where the outputs are made"
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from utils import architecture, models, weights
-from utils.architecture import check_architecture, check_lengths, check_model
+from utils.architecture import check_config, try_model
 from utils.config import ModelConfig
 from utils.models import load_policy, load_reward_base
 from utils.profiles import PROFILES
@@ -371,83 +371,98 @@ def test_merged_lora_keeps_biases(exact, family, monkeypatch):
 
 # Refusals
 
+LIKE_LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
 
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_gpt2_is_refused_before_its_weights_are_read(tmp_path, monkeypatch, quantization):
+
+def saved(folder, config_class, **options):
+    """Save a random model with the tokenizer of `qwen2`."""
     tokenizer = make_tokenizer(*FAMILIES["qwen2"][:3])
-    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=4)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    chosen = ModelConfig(name=str(tmp_path), quantization=quantization)
-    monkeypatch.setattr(models, "_load", lambda *_, **__: pytest.fail("weights were read"))
-    for load in (
-        lambda: load_policy(chosen, 4, 8, seed=0),
-        lambda: load_reward_base(chosen, 1, 4, 8, 0, seed=0),
-    ):
-        with pytest.raises(ModelError, match=r"\(gpt2\): its layers hold weights in Conv1D, not"):
-            load()
-
-
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 128}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    config = getattr(transformers, config_class)(vocab_size=len(tokenizer), **options)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return ModelConfig(name=str(folder))
 
 
 @pytest.mark.parametrize(
     ("config_class", "options", "message"),
     [
-        ("Gemma2Config", SIZES | HEADS | {"head_dim": 16}, "scales or caps the logits"),
-        ("CohereConfig", SIZES | HEADS, "scales or caps the logits"),
-        ("MixtralConfig", SIZES | HEADS, "MixtralExperts"),
-        ("MambaConfig", {"hidden_size": 64, "num_hidden_layers": 2}, "MambaMixer"),
-        ("BloomConfig", {"hidden_size": 64, "n_layer": 2}, "does not decode with a cache"),
-        ("BertConfig", SIZES | {"num_attention_heads": 4}, "does not decode with a cache"),
-        ("T5Config", {}, "is an encoder-decoder model"),
-        ("BartConfig", {}, "is an encoder-decoder model"),
-        ("Gemma3Config", {}, "reads more than text"),
-        (
-            "GraniteConfig",
-            SIZES | HEADS,
-            "builds no AutoModelForSequenceClass",
-        ),
-        (
-            "LlamaConfig",
-            SIZES | HEADS | {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            r"quantised already \(gptq\)",
-        ),
+        ("Gemma2Config", LIKE_LLAMA | {"head_dim": 16, "final_logit_softcapping": 3.0}, "body and"),
+        ("CohereConfig", LIKE_LLAMA, "body and output layer alone"),
+        ("GraniteConfig", LIKE_LLAMA, "Unrecognized configuration class"),
+        ("MambaConfig", {"hidden_size": 64, "num_hidden_layers": 2}, "Error"),
+        ("BloomConfig", {"hidden_size": 64, "n_layer": 2, "n_head": 4}, "Error"),
+        ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4}, "Error"),
     ],
 )
-def test_architectures_that_do_not_suit(tmp_path, config_class, options, message):
-    getattr(transformers, config_class)(**options).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=rf"{message}.*decoder-only chat model"):
-        check_architecture(ModelConfig(name=str(tmp_path)))
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_models_that_fail_the_first_try(tmp_path, quantization, config_class, options, message):
+    config = saved(tmp_path, config_class, **options)
+    with pytest.raises(ModelError, match=rf"first try.*{message}.*decoder-only chat model"):
+        try_model(dataclasses.replace(config, quantization=quantization), 0)
 
 
 @pytest.mark.parametrize(
     "config_class",
     ["LlamaConfig", "Qwen2Config", "Qwen3Config", "MistralConfig", "Phi3Config", "GemmaConfig"],
 )
-def test_architectures_that_suit(tmp_path, config_class):
+def test_models_that_pass_the_first_try(tmp_path, config_class):
     options = {"head_dim": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    getattr(transformers, config_class)(**SIZES, **HEADS, **options).save_pretrained(tmp_path)
-    state = torch.get_rng_state()
-    check_architecture(ModelConfig(name=str(tmp_path)))
-    assert torch.equal(torch.get_rng_state(), state), "a check must not move the random numbers"
+    try_model(saved(tmp_path, config_class, **LIKE_LLAMA, **options), 1)
 
 
-def test_a_head_of_another_name(tmp_path, monkeypatch):
-    transformers.LlamaConfig(**SIZES, **HEADS).save_pretrained(tmp_path)
-    build = architecture._skeleton
+def test_a_head_of_another_name_fails_the_first_try(tmp_path, monkeypatch):
+    config = saved(tmp_path, "LlamaConfig", **LIKE_LLAMA)
 
-    def renamed(auto_class, found):
-        model = build(auto_class, found)
-        if hasattr(model, "score"):
-            model.classifier = model.score
-            del model.score
-        return model
+    def renamed(*args, **options):
+        model = load_reward_base(*args, **options)
+        inner = model.base_model.model
+        inner.score, inner.classifier = None, inner.score
+        return inner
 
-    monkeypatch.setattr(architecture, "_skeleton", renamed)
-    with pytest.raises(ModelError, match=r"LlamaForSequenceClassification is no linear.*'score'"):
-        check_architecture(ModelConfig(name=str(tmp_path)))
+    monkeypatch.setattr(architecture, "load_reward_base", renamed)
+    with pytest.raises(ModelError, match="first try"):
+        try_model(config, 0)
+
+
+def test_a_cache_that_forgets_fails_the_first_try(tmp_path, monkeypatch):
+    config = saved(tmp_path, "LlamaConfig", **LIKE_LLAMA)
+
+    def forgetful(policy, tokenizer, prompts, noise, temperature):
+        drawn = sample(policy, tokenizer, prompts, noise, temperature)
+        last = sample(policy, tokenizer, [drawn.completion_ids[0][:1]], noise, temperature)
+        drawn.completion_ids[0][1] = last.completion_ids[0][0]
+        return drawn
+
+    monkeypatch.setattr(architecture, "sample", forgetful)
+    with pytest.raises(ModelError, match="with a cache it takes other tokens"):
+        try_model(config, 0)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "options", "message"),
+    [
+        ("T5Config", {}, "is an encoder-decoder model"),
+        ("BartConfig", {}, "is an encoder-decoder model"),
+        ("Gemma3Config", {}, "reads more than text"),
+        (
+            "LlamaConfig",
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            r"quantised already \(gptq\)",
+        ),
+    ],
+)
+def test_configurations_that_do_not_suit(tmp_path, config_class, options, message):
+    getattr(transformers, config_class)(**options).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=rf"{message}.*decoder-only chat model"):
+        check_config(profile_of(ModelConfig(name=str(tmp_path))))
 
 
 def test_a_model_that_needs_its_own_code(tmp_path):
@@ -456,7 +471,7 @@ def test_a_model_that_needs_its_own_code(tmp_path):
     )
     (tmp_path / "own.py").write_text("raise SystemExit('this code must not run')\n")
     with pytest.raises(ModelError, match="no code of its own"):
-        check_architecture(ModelConfig(name=str(tmp_path)))
+        check_config(profile_of(ModelConfig(name=str(tmp_path))))
 
 
 def profile_of(config, prompt=100, completion=28, length=128, first_layer=0):
@@ -472,32 +487,27 @@ def profile_of(config, prompt=100, completion=28, length=128, first_layer=0):
 
 def test_texts_longer_than_the_model_reads(family):
     name, config = family
-    check_model(profile_of(config))
+    check_config(profile_of(config, length=256))
     with pytest.raises(ModelError, match=r"^data\.max_length = 257 tokens.*positions for 256"):
-        check_model(profile_of(config, length=257))
+        check_config(profile_of(config, length=257))
     with pytest.raises(ModelError, match=r"max_completion_length = 257 tokens.*256"):
-        check_lengths(profile_of(config, prompt=200, completion=57))
-    check_lengths(profile_of(config, length=256))
+        check_config(profile_of(config, prompt=200, completion=57))
     if name == "mistral":
         with pytest.raises(ModelError, match=r"= 129 tokens.*only the last 128"):
-            check_lengths(profile_of(config, completion=29))
+            check_config(profile_of(config, completion=29))
     else:
-        check_lengths(profile_of(config, completion=156))
+        check_config(profile_of(config, completion=156))
 
 
 def test_every_profile_fits_its_model():
     for profile in PROFILES.values():
         if "/" not in profile.model.name:
-            check_model(profile)
+            check_config(profile)
 
 
 def test_adapters_above_the_last_layer(family):
-    config = family[1]
-    message = r"reward\.first_layer = 2, but .* has 2 layers"
-    with pytest.raises(ModelError, match=message):
-        load_reward_base(config, 1, 4, 8, first_layer=2, seed=0)
-    with pytest.raises(ModelError, match=message):
-        check_model(profile_of(config, first_layer=2))
+    with pytest.raises(ModelError, match=r"reward\.first_layer = 2, but .* has 2 layers"):
+        check_config(profile_of(family[1], first_layer=2))
 
 
 # Names

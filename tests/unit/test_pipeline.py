@@ -18,6 +18,7 @@ from utils.pipeline import (
 from utils.profiles import load_profile
 from utils.results import read_json, read_jsonl
 from utils.reward_training import GroupRewardTrainer
+from utils.weights import ModelError
 
 CACHED = (prepared_data, reward_stage, sft_stage)
 MODULES = (models, rollout, rewards, reward_training)
@@ -131,7 +132,7 @@ def test_a_finished_run_is_read_without_its_policy(folder, monkeypatch):
 
 
 def test_finished_stages_are_reused(folder, monkeypatch, capsys):
-    forbid(monkeypatch, "train_reward_model", "align_policy", "evaluate_policy")
+    forbid(monkeypatch, "train_reward_model", "align_policy", "evaluate_policy", "try_model")
     policy, _, _ = align_stage("scalar", profile())
     reward_stage("scalar", profile())
     sft_stage(profile())
@@ -189,6 +190,16 @@ def test_the_kinds_have_stages_of_their_own(folder, capsys):
     assert run.directory == folder / "reward_ordinal"
     assert "reuse" not in capsys.readouterr().out
     assert (folder / "reward_scalar" / "run.json").exists()
+
+
+def test_a_model_that_fails_its_first_try_is_not_trained(folder, monkeypatch):
+    def refuse(*_):
+        raise ModelError("does not suit")
+
+    monkeypatch.setattr(pipeline, "try_model", refuse)
+    forbid(monkeypatch, "train_reward_model")
+    with pytest.raises(ModelError, match="does not suit"):
+        reward_stage("ordinal", profile())
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])

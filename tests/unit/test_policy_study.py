@@ -390,7 +390,7 @@ def test_publish_and_load(world, capsys):
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
     with pytest.raises(ResultsError, match="not the file that was published"):
         published.load_aligned("scalar")
-    with pytest.raises(ResultsError, match=r"no published policy 'best'.*scalar.*make policies"):
+    with pytest.raises(ResultsError, match=r"no published policy 'best'.*scalar.*make study"):
         published.load_aligned("best")
     with pytest.raises(ResultsError, match="no published model 'policies'"):
         published.load_published("policies")

@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from utils.publish import LARGE, clean, code_hash, copy_run, publish
+from utils.publish import LARGE, code_hash, copy_run, publish, save_notebook
 from utils.results import read_jsonl, write_jsonl
 from utils.run import REPO, main
 
@@ -28,7 +28,6 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def write_notebook(root: Path, name: str, *sources: str) -> Path:
     path = root / "notebooks" / name
     path.parent.mkdir(exist_ok=True)
-    (root / "utils").mkdir(exist_ok=True)
     cells = [new_markdown_cell("# A title\n\nProse.")] + [new_code_cell(s) for s in sources]
     nbformat.write(new_notebook(cells=cells), path)
     return path
@@ -125,14 +124,22 @@ def test_an_interrupt_reaches_the_cell(tmp_path: Path):
     assert "not reached" not in outputs
 
 
-def test_only_and_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    write_notebook(tmp_path, "01_a.ipynb", "1")
-    write_notebook(tmp_path, "02_b.ipynb", "1")
-    assert main(["--profile", "smoke", "--list", "--only", "02"], root=tmp_path) == 0
-    assert capsys.readouterr().out.split() == ["02_b", "-"]
-    assert main(["--profile", "smoke", "--only", "07"], root=tmp_path) == 2
-    assert "01_a, 02_b" in capsys.readouterr().err
-    assert main(["--profile", "smok"], root=tmp_path) == 2
+def test_some_notebooks_and_the_time_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name in ("01_a", "02_b", "03_c"):
+        write_notebook(tmp_path, f"{name}.ipynb", "1")
+    (tmp_path / "results").mkdir()
+    cost = {"02_b": {"seconds": 60, "peak_rss_gb": 9.0}, "03_c": {"seconds": 120}}
+    (tmp_path / "results" / "smoke-cost.json").write_text(json.dumps(cost))
+    assert main(["--profile", "smoke", "--only", "02", "03"], root=tmp_path) == 0
+    shown = capsys.readouterr().out
+    assert "02_b (1 of 2), 0.0 min used, at most 3.0 left" in shown
+    assert "03_c (2 of 2)" in shown
+    measured = json.loads((tmp_path / "runs/smoke/cost.json").read_text())
+    assert list(measured) == ["02_b", "03_c"]
+    assert measured["02_b"]["peak_rss_gb"] < 4, "what was published is no measurement"
+    assert main(["--profile", "smoke", "--only", "07"], root=tmp_path) == 1
+    assert "starts with 07: 01_a, 02_b, 03_c" in capsys.readouterr().err
+    assert main(["--profile", "smok"], root=tmp_path) == 1
     assert "did you mean smoke" in capsys.readouterr().err
 
 
@@ -158,23 +165,19 @@ def test_a_profile_from_a_file(
     assert "own/mine.json" in text_of(notebook)
     assert notebook.metadata.report["profile"] == "mine"
     assert set(json.loads((tmp_path / "runs/mine/cost.json").read_text())) == {"01_a"}
-    shown = capsys.readouterr().out
-    assert "runs/mine/tables" in shown
-    assert "make publish" not in shown
-    assert main(["--profile", str(path), "--list"], root=tmp_path) == 0
-    assert re.fullmatch(r"01_a +\d+ s\n", capsys.readouterr().out)
+    assert "is in runs/mine" in capsys.readouterr().out
 
 
 def test_a_bad_profile_starts_no_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = own_profile(tmp_path, **{"reinforce.step": 2})
     write_notebook(tmp_path, "01_a.ipynb", "1")
-    assert main(["--profile", str(path)], root=tmp_path) == 2
+    assert main(["--profile", str(path)], root=tmp_path) == 1
     shown = capsys.readouterr()
     assert "did you mean reinforce.steps" in shown.err
     assert "Traceback" not in shown.err
     assert not shown.out
     path.write_text('{"profile": "smoke",}')
-    assert main(["--profile", str(path)], root=tmp_path) == 2
+    assert main(["--profile", str(path)], root=tmp_path) == 1
     assert "mine.json cannot be read as a profile" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
@@ -185,7 +188,7 @@ def test_a_profile_from_a_file_is_not_published(tmp_path: Path, capsys: pytest.C
     (tmp_path / "runs" / "smoke").rename(tmp_path / "runs" / "mine")
     before = notebook.read_bytes()
     path = own_profile(tmp_path)
-    assert main(["--profile", str(path), "--publish"], root=tmp_path) == 2
+    assert main(["--profile", str(path), "--publish"], root=tmp_path) == 1
     assert "stays in runs/mine" in capsys.readouterr().err
     assert notebook.read_bytes() == before
     assert not (tmp_path / "results").exists()
@@ -206,14 +209,15 @@ def finished_sequence(root: Path) -> Path:
     notebook.cells[1].execution_count = 1
     notebook.cells[1].outputs = [nbformat.v4.new_output("stream", text="made\n")]
     folder = root / "runs" / "smoke"
-    for kind in ("notebooks", "figures", "tables"):
+    for kind in ("figures", "tables"):
         (folder / kind).mkdir(parents=True)
-    nbformat.write(clean(notebook, "smoke", root), folder / "notebooks" / "01_a.ipynb")
+    save_notebook(notebook, folder / "notebooks" / "01_a.ipynb", "smoke", root)
     (folder / "figures" / "curve.png").write_text("a picture")
     (folder / "tables" / "all.csv").write_text("a\n1\n")
     (folder / "cost.json").write_text("{}")
     make_run(folder / "align", "finished", "new")
     make_run(folder / "broken", "running", "new")
+    make_run(folder / "align@0123", "finished", "set aside")
     return path
 
 
@@ -240,8 +244,7 @@ def test_publish_copies_the_small_files_of_finished_runs(tmp_path: Path):
     published = nbformat.read(path, as_version=4)
     assert published.cells[0].source == "# A better title"
     assert "made" in text_of(published)
-    report = published.metadata.report
-    assert report["code_hash"] == code_hash(published, tmp_path / "utils")
+    assert published.metadata.report["code_hash"] == code_hash(published)
 
 
 def test_large_samples_are_published_packed(tmp_path: Path):
@@ -265,10 +268,10 @@ def test_large_samples_are_published_packed(tmp_path: Path):
 
 
 def test_publish_refuses_outputs_of_other_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    finished_sequence(tmp_path)
-    (tmp_path / "utils" / "new.py").write_text("x = 1\n")
+    path = finished_sequence(tmp_path)
+    path.write_text(path.read_text().replace("x = 1", "x = 2"))
     assert main(["--profile", "smoke", "--publish"], root=tmp_path) == 1
-    assert "01_a.ipynb" in capsys.readouterr().err
+    assert "01_a.ipynb has changed" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 
 
@@ -278,42 +281,15 @@ def test_publish_needs_an_execution(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "nothing to publish" in capsys.readouterr().err
 
 
-def hash_of(folder: Path, module: str, cell: str = "x = 1") -> str:
-    (folder / "module.py").write_text(module)
-    return code_hash(new_notebook(cells=[new_code_cell(cell)]), folder)
+def test_the_code_hash_sees_code_alone():
+    def hash_of(source: str, *more: nbformat.NotebookNode) -> str:
+        return code_hash(new_notebook(cells=[new_code_cell(source), *more]))
 
-
-def test_the_code_hash_sees_code_alone(tmp_path: Path):
-    plain = hash_of(tmp_path, "def f(x):\n    return x + 1\n")
-    documented = '"""Module."""\n\n# why\ndef f(x):\n    """Add."""\n    return (x\n        + 1)\n'
-    assert hash_of(tmp_path, documented) == plain
-    assert hash_of(tmp_path, "def f(x):\n    return x + 2\n") != plain
-    assert hash_of(tmp_path, "def f(x):\n    return x + 1\n", "x = 2") != plain
-    assert hash_of(tmp_path, "def f(x):\n    return x + 1\n", "x = 1  # one") == plain
-    (tmp_path / "widgets.py").write_text("y = 1\n")
-    assert hash_of(tmp_path, "def f(x):\n    return x + 1\n") == plain
-    (tmp_path / "other.py").write_text("y = 1\n")
-    assert hash_of(tmp_path, "def f(x):\n    return x + 1\n") != plain
-
-
-def test_clean_removes_widgets_and_paths_but_keeps_images(tmp_path: Path):
-    picture = f"AAAA{tmp_path}/BBBB"  # stands for base64 that happens to hold a path
-    widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}}
-    cell = new_code_cell("x")
-    cell.outputs = [
-        nbformat.v4.new_output("display_data", {**widget, "text/plain": "Box()"}),
-        nbformat.v4.new_output("display_data", {**widget, "text/html": "<b>1</b>"}),
-        nbformat.v4.new_output("display_data", {"image/png": picture}),
-        nbformat.v4.new_output("stream", text=f"{tmp_path}/runs/a {tmp_path} {tmp_path}-b\n"),
-    ]
-    notebook = new_notebook(cells=[cell], metadata={"widgets": {"state": {}}})
-    (tmp_path / "utils").mkdir()
-
-    outputs = clean(notebook, "smoke", tmp_path).cells[0].outputs
-
-    assert "widgets" not in notebook.metadata
-    assert [out.get("data") for out in outputs[:2]] == [
-        {"text/html": "<b>1</b>"},
-        {"image/png": picture},
-    ]
-    assert outputs[2].text == f"runs/a . {tmp_path}-b\n"
+    plain = hash_of("x = f('#1')\ny = 2")
+    assert hash_of("# why\nx = f('#1')  # one\n\ny = 2\n") == plain
+    assert hash_of("x = f('#2')\ny = 2") != plain, "this is no comment"
+    assert hash_of("x = f('#1')\n  # y = 2") != plain
+    assert hash_of("x = f('#1')\ny = 2", new_markdown_cell("Prose.")) == plain
+    assert hash_of("x = f('#1')\ny = 2", new_code_cell("z = 3")) != plain
+    colab = new_code_cell("!git clone it", metadata={"tags": ["colab"]})
+    assert hash_of("x = f('#1')\ny = 2", colab) == plain
