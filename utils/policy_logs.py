@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,8 +33,6 @@ _HELD_OUT = {
 _FRONTIER = ["arm", "seed", "step", "kl", "sqrt_kl", "reward", "reward_low", "reward_high"]
 _FRONTIER += ["judge", "length"]
 _AVERAGES = ["arm", "seeds", "scale", "chosen", "kl", "sqrt_kl", "reward", "judge", "length"]
-_PEAKS = ["arm", "seed", "reward_step", "judge_step", "reward_max", "judge_max", "judge_kl"]
-_PEAKS += ["judge_at_reward_max", "judge_last", "parted"]
 
 
 def training_logs(results: Path, *arms: str) -> dict[str, dict[int, pd.DataFrame]]:
@@ -198,40 +195,6 @@ def average_table(results: Path) -> pd.DataFrame:
                 table["seeds"] = len(run.info["config"]["average_of"])
                 rows.append(table.assign(arm=arm)[_AVERAGES])
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=_AVERAGES)
-
-
-def peak_table(frontier: pd.DataFrame) -> pd.DataFrame:
-    """Say where in training the judge peaks, and where `reward` of `frontier_table` does.
-
-    The two part if the judge has its maximum at an earlier evaluation than the reward; of equal
-    maxima the first counts. Maxima of a few noisy points move easily: look whether seeds agree.
-
-    Args:
-        frontier: of `frontier_table`.
-
-    Returns:
-        A row per arm and seed: arm, seed, `reward_step` and `judge_step` (of the maxima),
-        `reward_max`, `judge_max`, `judge_kl` (at the judge's maximum), `judge_at_reward_max`,
-        `judge_last`, and `parted`.
-    """
-    rows: list[dict[str, Any]] = []
-    for (arm, seed), part in frontier.groupby(["arm", "seed"], sort=False):
-        reward, judge = (part.loc[part[name].idxmax()] for name in ("reward", "judge"))
-        rows.append(
-            {
-                "arm": arm,
-                "seed": seed,
-                "reward_step": reward["step"],
-                "judge_step": judge["step"],
-                "reward_max": reward["reward"],
-                "judge_max": judge["judge"],
-                "judge_kl": judge["kl"],
-                "judge_at_reward_max": reward["judge"],
-                "judge_last": part["judge"].iloc[-1],
-                "parted": judge["step"] < reward["step"],
-            }
-        )
-    return pd.DataFrame(rows, columns=_PEAKS)
 
 
 def _gain(log: pd.DataFrame) -> pd.Series:

@@ -23,7 +23,7 @@ from nbformat import NotebookNode
 PATTERN = "[0-9][0-9]_*.ipynb"
 # They change no number in an output.
 UNHASHED = ("address.py", "colab.py", "kernel.py", "run.py", "publish.py", "summary.py")
-UNHASHED += ("train.py", "widgets.py", "front_page.py", "locks.py")
+UNHASHED += ("train.py", "widgets.py", "locks.py")
 LARGE = 300_000  # bytes of a samples.jsonl, above which it is published compressed
 
 

@@ -1,4 +1,4 @@
-"""Training logs of policies and what is said of them, from small made-up runs."""
+"""Training logs of policies, from small made-up runs."""
 
 import math
 
@@ -15,16 +15,9 @@ from utils.policy_logs import (
     frontier_table,
     missing_logs,
     missing_trials,
-    peak_table,
     readout_table,
     training_logs,
     trial_table,
-)
-from utils.policy_training_words import (
-    baseline_words,
-    curve_words,
-    peak_words,
-    scaling_words,
 )
 from utils.profiles import with_fields
 from utils.published_runs import seed_runs
@@ -100,13 +93,6 @@ def test_averages_by_scale(tmp_path):
     assert table["chosen"].tolist() == [True, False, False, True, False, True]
     assert table["reward"].tolist() == [1.5, 3.0] * 3
     assert table["sqrt_kl"].tolist() == [0.5, 1.0] * 3
-    scalar, ordinal = ARMS["scalar"].label, ARMS["ordinal"].label
-    assert scaling_words(table) == (
-        f"- {scalar}: the average of 3 times 0.5 has +1.50 (judge +2.00) at 0.2 nats and 9 tokens; "
-        "one seed times 1 has +3.00 (judge +2.00) at 1.0 nats and 9 tokens.\n"
-        f"- {ordinal}: the average of 3 times 1 has +3.00 (judge +2.00) at 1.0 nats and 9 tokens."
-    )
-    assert scaling_words(table.head(0)) == "No average is published yet."
 
 
 def test_trials(tmp_path, monkeypatch):
@@ -183,31 +169,6 @@ def test_every_published_step_was_clipped():
     assert set(shares) == {1.0}
 
 
-def test_baselines_in_words():
-    ema, none = baseline_words(baseline_table(baselines())).split("\n")
-    assert ema == (
-        "- **EMA** gains less (gain 1.50; running mean 2.00 to 4.00), is as fast (half_step 4.00; "
-        "running mean 2.00 to 4.00), has smaller advantages (advantage_rms 3.00; running mean 5.00 "
-        "to 5.00), and a like gradient norm (grad_norm 10.00; running mean 10.00 to 10.00)."
-    )
-    assert "has advantages alike" in none
-    assert "a larger gradient norm (grad_norm 20.00" in none
-    never = baseline_table(baselines() | {"scalar_none": {0: curve([0.0, 1], [0, 0])}})
-    assert "is slower (half_step never; running mean 2.00 to 4.00)" in baseline_words(never)
-
-
-@pytest.mark.parametrize(
-    "logs",
-    [
-        {},
-        {"scalar": {}, "scalar_ema": baselines()["scalar_ema"]},
-        baselines() | {"scalar": {0: curve([1.0, 0], [0, 0])}},
-    ],
-)
-def test_no_baselines_to_compare(logs):
-    assert baseline_words(baseline_table(logs)).startswith("There is nothing to compare: runs are")
-
-
 def test_readouts():
     logs = {arm: {0: curve([0.0, 1], [0.0, 0.5])} for arm in READOUTS}
     logs["ordinal"][1] = curve([0.0, 2], [0.0, 0.25])
@@ -223,15 +184,7 @@ def test_readouts():
 # Curves
 
 
-def test_gains_of_the_curves_in_words():
-    text = curve_words({"scalar": {0: curve([0.5, 2, 1], [0, 0, 0])}, "ordinal": {}})
-    assert text.split("\n") == [
-        f"- {ARMS['scalar'].label}: from step 0 to the end +0.50, at best +1.50, seed by seed.",
-        f"- {ARMS['ordinal'].label}: not published yet.",
-    ]
-
-
-def test_frontier_and_where_it_parts():
+def test_frontier():
     logs = {
         "ordinal_beats_sft": {0: curve([0.0, 1, 2, 3], [0.0, 2, 2, 1])},
         "scalar": {
@@ -247,22 +200,11 @@ def test_frontier_and_where_it_parts():
     assert table["sqrt_kl"][2] == pytest.approx(math.sqrt(3.99))
     columns = ["reward", "reward_low", "reward_high", "judge", "length"]
     assert table.loc[3, columns].tolist() == [3, 2.5, 3.5, 1, 47]
-    ordinal, second, tenth = peak_table(table).to_dict("records")
-    assert (ordinal["reward_step"], ordinal["judge_step"]) == (6, 2), "the first of equal maxima"
-    maxima = ("judge_max", "judge_at_reward_max", "judge_last")
-    assert [ordinal[name] for name in maxima] == [2, 1, 1]
-    assert ordinal["judge_kl"] == pytest.approx(0.99)
-    assert [row["parted"] for row in (ordinal, second, tenth)] == [True, False, False]
-    first, other = peak_words(peak_table(table)).split("\n")
-    assert "part in 1 of 1 runs; from its highest point to the end the judge loses 1.00." in first
-    assert "part in 0 of 2 runs" in other
-    assert other.endswith("the judge loses 0.00, 0.00.")
 
 
 def test_no_frontier_without_runs_or_a_judge():
     table = frontier_table({"scalar": {}})
     assert table.empty
-    assert peak_words(peak_table(table)) == "No run is published yet."
     log = curve([0.0], [0.0]).drop(columns="eval_judge")
     with pytest.raises(ResultsError, match="cpu-align_scalar_s0 was not evaluated by the judge"):
         frontier_table({"scalar": {0: log}})

@@ -11,7 +11,6 @@ import pytest
 from utils.config import flatten
 from utils.profiles import PROFILES
 from utils.results import (
-    GLOSSARY,
     ResultsError,
     Run,
     append_csv,
@@ -201,12 +200,6 @@ def test_a_continued_run_adds_up_its_time(tmp_path):
     assert again.info["started"] == run.info["started"]
 
 
-def test_an_unknown_metric_is_refused(tmp_path):
-    with pytest.raises(ResultsError, match=r"glossary.*rewrd"):
-        start(tmp_path / "a").log({"step": 1, "rewrd": 0.5})
-    assert not (tmp_path / "a" / "metrics.csv").exists()
-
-
 def test_the_header_is_written_once(tmp_path):
     path = tmp_path / "metrics.csv"
     append_csv(path, {"step": 1, "loss": 0.12345678, "eval_kl": None})
@@ -249,10 +242,6 @@ def test_rewind(tmp_path, text, step, left):
     run.log({"step": step + 1, "loss": 0.25, "kl": 0.5})
     assert path.read_text() == (left or HEAD) + f"{step + 1},0.25,0.5\n"
     assert run.metrics().step.iloc[-1] == step + 1
-
-
-def test_every_metric_has_one_line_of_meaning():
-    assert all(text and "\n" not in text for text in GLOSSARY.values())
 
 
 def test_runs_are_kept_by_profile():
