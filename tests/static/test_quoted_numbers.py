@@ -1,7 +1,7 @@
 """Numbers quoted in the READMEs and in the notebooks' prose stand in the tables that they name.
 
 A comment after a paragraph, list or table names its files under results/:
-`<!-- from: tables/06_policies.csv tables/06_length.csv -->`.
+`<!-- from: tables/06_policies.csv tables/06_length.csv -->`. What stands in backticks is left out.
 """
 
 from __future__ import annotations
