@@ -30,7 +30,7 @@ help: ## list the targets (default)
 run: $(STAMP) ## execute the notebooks in order into runs/PROFILE/
 	@$(BIN) -m utils.run --profile $(PROFILE) $(if $(strip $(NOTEBOOKS)),--only $(NOTEBOOKS))
 
-publish: $(STAMP) ## copy what runs/PROFILE/ holds into results/, notebooks/ and the README
+publish: $(STAMP) ## copy what runs/PROFILE/ holds into results/ and notebooks/
 	@$(BIN) -m utils.run --profile $(PROFILE) --publish
 	@$(BIN) -m utils.summary
 

@@ -34,7 +34,7 @@ def arm_look(name: str, place: int = 0) -> tuple[str, str]:
 
 
 def label(name: str) -> str:
-    """Return how tables and sentences name an arm, one of its policies, or a control."""
+    """Return how tables name an arm, one of its policies, or a control."""
     return arm_look(name)[0]
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 from utils.evaluation import distinct_n, distinct_of_words
-from utils.intervals import crossed_interval, named, named_interval
-from utils.policy_arms import AVERAGE, HEADLINE
+from utils.intervals import crossed_interval, named
+from utils.policy_arms import AVERAGE
 from utils.policy_runs import (
     BASE,
     BEST,
@@ -32,21 +32,8 @@ from utils.policy_runs import (
     seeds_of,
 )
 from utils.policy_stats import outcomes, paired_gains, pick_weights, prompt_means
-from utils.targets import target_row
 
 PROXIES, PICKED_FROM = ("scalar", "ordinal"), (2, 4, 8, 16)  # who picks the best of n, and the n
-# What was hoped for: the column of the row that `target_table` reads it from, the side and bound.
-# "above" is about the interval, the others about the value.
-TARGETS = {
-    "gain under its own reward model": ("own", "at least", 1.3),
-    "gain under the judge, interval": ("gain_judge", "above", 0.0),
-    "win rate under the judge": ("win_rate", "at least", 0.75),
-    "the same, against SFT at its best temperature": ("win_rate_best", "at least", 0.65),
-    "KL, nats": ("kl", "at most", 10.0),
-    "gain under the judge at equal length, interval": ("equal", "above", 0.0),
-    "distinct-2, share of SFT's": ("distinct2_ratio", "at least", 0.85),
-    "the same over an equal number of words": ("distinct2_ratio_words", "at least", 0.85),
-}
 
 
 def policy_table(frames: Frames, samples: int) -> pd.DataFrame:
@@ -176,29 +163,6 @@ def temperature_table(frames: Frames, samples: int) -> pd.DataFrame:
                     found = _gain(own, frame_of(frames, against), column, samples)
                     row |= named(reward, found)
                 rows.append(row | {"seeds": found["seeds"], "n": found["n"]})
-    return pd.DataFrame(rows)
-
-
-def target_table(table: pd.DataFrame, lengths: pd.DataFrame) -> pd.DataFrame:
-    """Hold the arms that the report is about, and their averages, against the study's targets.
-
-    Args:
-        table: of `policy_table`.
-        lengths: of `length_table`.
-
-    Returns:
-        A row per policy that is there and target: `arm`, its name, and what `target_row` returns.
-    """
-    rows, there = [], set(table.get("policy", ()))
-    wanted = (*HEADLINE, *(f"{arm}_{AVERAGE}" for arm in HEADLINE))
-    for arm in [arm for arm in wanted if arm in there]:
-        row = table.set_index("policy").loc[arm].to_dict()
-        row |= named("own", named_interval(row, f"gain_{arm.partition('_')[0]}"))
-        matched = lengths[(lengths["policy"] == arm) & (lengths["reward"] == "judge")]
-        row |= named("equal", matched.set_index("method").loc["length"])
-        for target, (column, side, bound) in TARGETS.items():
-            found = named_interval(row, column)
-            rows.append({"arm": arm, **target_row(target, found, side, bound)})
     return pd.DataFrame(rows)
 
 

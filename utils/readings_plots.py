@@ -13,7 +13,6 @@ from utils.intervals import ends
 from utils.plot_style import style
 from utils.policy_look import arm_look
 from utils.policy_runs import BASE
-from utils.wording import with_interval
 
 
 @style()
@@ -47,8 +46,13 @@ def readings_figure(table: pd.DataFrame, title: str) -> Figure:
 
 def with_intervals(table: pd.DataFrame, columns: Sequence[str], form: str = ".2f") -> pd.DataFrame:
     """Return these columns of a table as `value [low, high]`."""
-    rows = [[with_interval(row, name, form) for name in columns] for _, row in table.iterrows()]
+    rows = [[_cell(row[ends(name)], form) for name in columns] for _, row in table.iterrows()]
     return pd.DataFrame(rows, table.index, [*columns])
+
+
+def _cell(span: Sequence[float], form: str) -> str:
+    value, low, high = (format(end, form) for end in span)
+    return f"{value} [{low}, {high}]"
 
 
 def _point(ax: Axes, y: float, span: Sequence[float], color: str, marker: str = "o") -> None:

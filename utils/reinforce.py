@@ -18,7 +18,6 @@ from utils.config import ReinforceConfig
 from utils.data import Prompt
 from utils.distributed import own_rows, processes
 from utils.estimator import BASELINES, NoBaseline
-from utils.glossary import GLOSSARY
 from utils.memory import BatchSize
 from utils.results import Run
 from utils.rollout import DECODED, READ, Rollout, batches, sample, sampling_noise
@@ -29,9 +28,15 @@ from utils.weights import encode_prompt
 RewardFunction = Callable[[Sequence[Prompt], Rollout], Tensor]  # -> rewards, shape (rows,)
 Evaluate = Callable[[], dict[str, float | None]]
 Monitor = Callable[[dict[str, Any], Sequence[Prompt], Rollout, Tensor], None]
-# The columns of metrics.csv: the glossary without those of a reward model and of an average.
-OTHERS = ("accuracy", "reward_gap", "scale")
-EMPTY: dict[str, Any] = dict.fromkeys(name for name in GLOSSARY if name not in OTHERS)
+# The columns of metrics.csv, in order; what they mean is in results/README.md.
+COLUMNS = (
+    *("step", "loss", "learning_rate", "grad_norm", "reward", "reward_std", "kl", "objective"),
+    *("baseline", "advantage_std", "entropy", "completions/mean_length"),
+    *("completions/clipped_ratio", "completions/distinct_2"),
+    *("eval_reward", "eval_reward_low", "eval_reward_high", "eval_kl", "eval_mean_length"),
+    *("eval_finished", "eval_distinct_2", "eval_judge", "seconds"),
+)
+EMPTY: dict[str, Any] = dict.fromkeys(COLUMNS)
 
 
 class TrainingStopped(RuntimeError):

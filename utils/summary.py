@@ -1,7 +1,6 @@
-"""Headline numbers from the published runs, and the README's generated parts.
+"""Headline numbers from the published runs.
 
-`python -m utils.summary` rewrites `results/summary.json` and the parts of the README between
-`<!-- NAME -->` and `<!-- /NAME -->`; `make publish` calls it.
+`python -m utils.summary` rewrites `results/summary.json`; `make publish` calls it.
 """
 
 from __future__ import annotations
@@ -11,20 +10,13 @@ from typing import Any
 
 import pandas as pd
 
-from utils.environment import RESULTS, ROOT, quiet
-from utils.front_page import (
-    PROFILE,
-    fill,
-    published_table,
-    render,
-    study_table,
-)
+from utils.environment import RESULTS, quiet
 from utils.intervals import named_interval
 from utils.policy_arms import HEADLINE
-from utils.profiles import PROFILES
 from utils.published import CHOSEN
 from utils.results import read_json, write_json
 
+PROFILE = "quick"  # the profile whose run says what a first run costs
 # Name in summary.json -> column of the study's table, and of the rules' the column of their count.
 METRICS = {
     "accuracy": "accuracy",
@@ -62,15 +54,8 @@ def headline(results: Path = RESULTS) -> dict[str, dict[str, Any]]:
     return _reward_models(results) | _policies(results) | _readings(results) | _cost(results)
 
 
-def update() -> None:
-    """Rewrite `results/summary.json` and the generated parts of the README."""
-    quiet()  # before the libraries below are imported
-    from utils.memory_plan import plan_table
-
-    plan_table(PROFILES["full"]).to_csv(RESULTS / "tables" / "memory_plan.csv", float_format="%.4g")
-    write_json(RESULTS / "summary.json", headline())
-    readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text(), render()))
+def _table(results: Path, name: str, *index: str) -> pd.DataFrame:
+    return pd.read_csv(results / "tables" / f"{name}.csv").set_index([*index])
 
 
 def _entry(interval: dict[str, float], run: str, seeds: int = 1) -> dict[str, Any]:
@@ -83,8 +68,7 @@ def _entry(interval: dict[str, float], run: str, seeds: int = 1) -> dict[str, An
 
 def _reward_models(results: Path) -> dict[str, dict[str, Any]]:
     """Read the study's tables: the chosen arms, their like with references, judge and rules."""
-    study, rules = study_table(results), pd.read_csv(results / "tables" / "09_rules.csv")
-    rules = rules.set_index("rule")
+    study, rules = _table(results, "09_study", "arm"), _table(results, "09_rules", "rule")
     numbers = {column: rules.loc["longer", n] for column, n in RULE_COUNTS.items()}
     found = {}
     arms = {kind: arm for kind, (arm, _) in CHOSEN.items()}
@@ -104,17 +88,15 @@ def _reward_models(results: Path) -> dict[str, dict[str, Any]]:
         found[name] = _entry(
             {**named_interval(row, column), "n": row[RULE_COUNTS[column]]}, "09_rules"
         )
-    judge = results / "tables" / "09_judge.csv"
-    if judge.exists():
-        row = pd.read_csv(judge).set_index(["judge", "pairs"]).loc[("judge", "all pairs")]
-        found["judge.accuracy"] = _entry(row.to_dict(), "cpu-judge")
+    row = _table(results, "09_judge", "judge", "pairs").loc[("judge", "all pairs")]
+    found["judge.accuracy"] = _entry(row.to_dict(), "cpu-judge")
     return found
 
 
 def _policies(results: Path) -> dict[str, dict[str, Any]]:
     """Read the study's tables: the arms that the report is about."""
-    table = published_table(results).set_index("policy")
-    lengths = published_table(results, "length").set_index(["policy", "reward", "method"])
+    table = _table(results, "06_policies", "policy")
+    lengths = _table(results, "06_length", "policy", "reward", "method")
     found = {}
     for arm in HEADLINE:
         row, run = table.loc[arm], f"cpu-align_{arm}"
@@ -129,7 +111,7 @@ def _policies(results: Path) -> dict[str, dict[str, Any]]:
 
 def _readings(results: Path) -> dict[str, dict[str, Any]]:
     """Read the table of blind ratings, in which each policy is one seed or one average."""
-    table = published_table(results, "blind_policies").set_index("policy")
+    table = _table(results, "06_blind_policies", "policy")
     return {
         f"{model}.{name}": _entry(
             {**named_interval(table.loc[policy], column), "n": table.loc[policy, "n"]},
@@ -155,4 +137,5 @@ def _cost(results: Path) -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    update()
+    quiet()
+    write_json(RESULTS / "summary.json", headline())

@@ -12,6 +12,7 @@ from utils.intervals import (
     clustered_interval,
     crossed_interval,
     crossed_sums,
+    named,
     named_interval,
     percentile_interval,
     side,
@@ -207,6 +208,12 @@ def test_sums_start_with_the_plain_one_and_repeat():
 )
 def test_an_end_at_zero_but_for_rounding_holds_zero(low, high, expected):
     assert side(low, high) == expected
+
+
+def test_a_value_and_its_interval_are_three_columns():
+    found = {"value": 1, "low": 0, "high": 3}
+    assert named("gain", found) == {"gain": 1, "gain_low": 0, "gain_high": 3}
+    assert named_interval(named("gain", found), "gain") == found
 
 
 def test_a_number_without_an_interval_has_no_ends():

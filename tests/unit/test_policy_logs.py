@@ -1,4 +1,4 @@
-"""Training logs of policies and what is said of them, from small made-up runs."""
+"""Training logs of policies, from small made-up runs."""
 
 import math
 
@@ -18,11 +18,6 @@ from utils.policy_logs import (
     readout_table,
     training_logs,
     trial_table,
-)
-from utils.policy_training_words import (
-    baseline_words,
-    curve_words,
-    scaling_words,
 )
 from utils.published_runs import seed_runs
 from utils.results import ResultsError, append_csv, write_json
@@ -97,13 +92,6 @@ def test_averages_by_scale(tmp_path):
     assert table["chosen"].tolist() == [True, False, False, True, False, True]
     assert table["reward"].tolist() == [1.5, 3.0] * 3
     assert table["sqrt_kl"].tolist() == [0.5, 1.0] * 3
-    scalar, ordinal = ARMS["scalar"].label, ARMS["ordinal"].label
-    assert scaling_words(table) == (
-        f"- {scalar}: the average of 3 times 0.5 has +1.50 (judge +2.00) at 0.2 nats and 9 tokens; "
-        "one seed times 1 has +3.00 (judge +2.00) at 1.0 nats and 9 tokens.\n"
-        f"- {ordinal}: the average of 3 times 1 has +3.00 (judge +2.00) at 1.0 nats and 9 tokens."
-    )
-    assert scaling_words(table.head(0)) == "No average is published yet."
 
 
 def test_trials(tmp_path, monkeypatch):
@@ -168,31 +156,6 @@ def test_every_published_step_was_clipped():
     assert set(shares) == {1.0}
 
 
-def test_baselines_in_words():
-    ema, none = baseline_words(baseline_table(baselines())).split("\n")
-    assert ema == (
-        "- **EMA** gains less (gain 1.50; running mean 2.00 to 4.00), is as fast (half_step 4.00; "
-        "running mean 2.00 to 4.00), has smaller advantages (advantage_rms 3.00; running mean 5.00 "
-        "to 5.00), and a like gradient norm (grad_norm 10.00; running mean 10.00 to 10.00)."
-    )
-    assert "has advantages alike" in none
-    assert "a larger gradient norm (grad_norm 20.00" in none
-    never = baseline_table(baselines() | {"scalar_none": {0: curve([0.0, 1], [0, 0])}})
-    assert "is slower (half_step never; running mean 2.00 to 4.00)" in baseline_words(never)
-
-
-@pytest.mark.parametrize(
-    "logs",
-    [
-        {},
-        {"scalar": {}, "scalar_ema": baselines()["scalar_ema"]},
-        baselines() | {"scalar": {0: curve([1.0, 0], [0, 0])}},
-    ],
-)
-def test_no_baselines_to_compare(logs):
-    assert baseline_words(baseline_table(logs)).startswith("There is nothing to compare: runs are")
-
-
 def test_readouts():
     logs = {arm: {0: curve([0.0, 1], [0.0, 0.5])} for arm in READOUTS}
     logs["ordinal"][1] = curve([0.0, 2], [0.0, 0.25])
@@ -205,14 +168,6 @@ def test_readouts():
 
 
 # Curves
-
-
-def test_gains_of_the_curves_in_words():
-    text = curve_words({"scalar": {0: curve([0.5, 2, 1], [0, 0, 0])}, "ordinal": {}})
-    assert text.split("\n") == [
-        f"- {ARMS['scalar'].label}: from step 0 to the end +0.50, at best +1.50, seed by seed.",
-        f"- {ARMS['ordinal'].label}: not published yet.",
-    ]
 
 
 def test_frontier():

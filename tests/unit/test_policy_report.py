@@ -19,7 +19,6 @@ from utils.policy_report import (
     policy_category_table,
     policy_table,
     seed_table,
-    target_table,
     temperature_table,
 )
 from utils.policy_runs import (
@@ -260,69 +259,6 @@ def test_best_of_n_by_hand(monkeypatch):
     assert table["finished"].tolist() == pytest.approx([0.75, 0.5, 0])
     assert triple(table.loc[1], "judge_gain") == pytest.approx((0.5, 0.5, 0.5)), "paired"
     assert table.loc[1, "judge_low"] < 3 < table.loc[1, "judge_high"], "over prompts"
-
-
-# Targets
-
-
-def measured(**changes):
-    """A policy's row and its gain at equal length; all targets are just reached."""
-    row = {"policy": "scalar", "kl": 10.0, "win_rate": 0.75, "win_rate_best": 0.65}
-    row |= {"distinct2_ratio": 0.85, "distinct2_ratio_words": 0.85}
-    row |= {"gain_scalar": 1.3, "gain_scalar_low": 1.0, "gain_scalar_high": 1.6}
-    row |= {"gain_judge": 0.2, "gain_judge_low": 0.01, "gain_judge_high": 0.4}
-    row |= {"gain_ordinal": 9.0, "gain_ordinal_low": 9.0, "gain_ordinal_high": 9.0}
-    equal = {"policy": "scalar", "reward": "judge", "method": "length", "value": 0.3}
-    equal |= {"low": 0.05, "high": 0.5}
-    raw = equal | {"method": "raw", "value": -7.0, "low": -8.0}
-    own = equal | {"reward": "own", "value": -7.0, "low": -8.0}
-    for name, value in changes.items():
-        (equal if name in equal else row)[name] = value
-    other = [entry | {"policy": "scalar_ema"} for entry in (row, equal)]
-    return pd.DataFrame([row, other[0]]), pd.DataFrame([raw, own, equal, other[1]])
-
-
-def test_targets_at_their_bounds():
-    table = target_table(*measured())
-    assert len(table) == 8, "one arm of the two that the report is about"
-    assert table["reached"].all()
-    rows = table.set_index("target")
-    own = rows.loc["gain under its own reward model"]
-    assert (own["value"], own["low"], own["high"]) == (1.3, 1.0, 1.6)
-    assert own["wanted"] == "at least 1.30"
-    equal = rows.loc["gain under the judge at equal length, interval"]
-    assert (equal["value"], equal["low"], equal["wanted"]) == (0.3, 0.05, "above 0.00")
-    assert math.isnan(rows.loc["KL, nats", "low"])
-
-
-def test_averages_are_held_against_the_targets_too():
-    policies, equal = measured()
-    average = policies.head(1).assign(policy="scalar_average", gain_scalar=1.2)
-    lengths = pd.concat([equal, equal.head(3).assign(policy="scalar_average")])
-    table = target_table(pd.concat([average, policies]), lengths).set_index(["arm", "target"])
-    assert table.index.unique("arm").tolist() == ["scalar", "scalar_average"]
-    missed = table[~table["reached"]]
-    assert missed.index.tolist() == [("scalar_average", "gain under its own reward model")]
-
-
-@pytest.mark.parametrize(
-    ("column", "value", "target"),
-    [
-        ("gain_scalar", 1.29, "gain under its own reward model"),
-        ("gain_judge_low", 0.0, "gain under the judge, interval"),
-        ("win_rate_best", 0.6, "the same, against SFT at its best temperature"),
-        ("kl", 10.1, "KL, nats"),
-        ("low", -0.01, "gain under the judge at equal length, interval"),
-        ("distinct2_ratio_words", 0.8, "the same over an equal number of words"),
-    ],
-)
-def test_one_target_is_missed(column, value, target):
-    table = target_table(*measured(**{column: value}))
-    assert table.loc[~table["reached"], "target"].tolist() == [target]
-
-
-def test_no_targets_of_nothing():
-    assert target_table(pd.DataFrame(), pd.DataFrame()).empty
 
 
 # Equal length

@@ -145,12 +145,6 @@ def test_a_run_records_where_it_came_from(tmp_path):
     assert str(tmp_path) not in json.dumps(info)
 
 
-def test_an_unknown_metric_is_refused(tmp_path):
-    with pytest.raises(ResultsError, match=r"glossary.*rewrd"):
-        start(tmp_path / "a").log({"step": 1, "rewrd": 0.5})
-    assert not (tmp_path / "a" / "metrics.csv").exists()
-
-
 HEAD = "step,loss,kl\n"
 ROWS = ["1,0.5,0.1\n", "2,0.4,0.2\n", "3,0.3,0.3\n"]
 
