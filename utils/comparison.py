@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.alignment import Scale
 from utils.config import Profile
 from utils.evaluation import Scorer, compare, evaluate_policy
+from utils.files import read_jsonl, write_jsonl
 from utils.intervals import clustered_interval
 from utils.pipeline import (
     ALIGN_FIELDS,
@@ -25,7 +26,6 @@ from utils.pipeline import (
     stage_config,
 )
 from utils.profiles import with_fields
-from utils.results import read_jsonl, write_jsonl
 from utils.rewards import KINDS
 
 Loader = Callable[[], tuple[PeftModel, PreTrainedTokenizerBase]]

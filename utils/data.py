@@ -12,7 +12,7 @@ from itertools import zip_longest
 import pandas as pd
 
 from utils.config import DataConfig
-from utils.environment import ROOT
+from utils.files import ROOT
 from utils.hub import hub_rows
 from utils.rows import parse_rows, without_contradictions
 from utils.sources import (

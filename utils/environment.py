@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "results"  # what is published
+from utils.files import ROOT
+
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "numpy")
 
 

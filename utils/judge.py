@@ -10,102 +10,31 @@ was it trained on any prompt that a policy's reward model or the policy itself h
 from __future__ import annotations
 
 import argparse
-import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
 from utils.config import Profile
-from utils.data import Group, Pair, PreferenceData, Prompt
+from utils.data import Group, Pair, PreferenceData
+from utils.ensemble import FOLDS, judge_folds, prompt_key
 from utils.environment import quiet
+from utils.files import read_jsonl, stored
 from utils.intervals import clustered_interval
 from utils.pipeline import REWARD_FIELDS, open_stage, prepared_data, stage_config, train_and_score
 from utils.profiles import with_fields
-from utils.results import Run, read_jsonl, stored
+from utils.results import Run
 from utils.reward_evaluation import Key, response_key
-from utils.rewards import RewardModel
 from utils.study import ARMS, arm_profile
 
-FOLDS = 4
 # Two losses that differ much, so that what the members have in common is the text; with seeds that
 # no policy's reward model has.
 MEMBERS = (("plackett_luce_light", 100), ("pairwise_light", 101))
 # Fewer prompts than the arms have, so more passes; a small rank, since eight are published.
 CHANGES: dict[str, Any] = {"reward.epochs": 2.0, "reward.lora_r": 8, "reward.lora_alpha": 16}
-
-
-@dataclass(frozen=True)
-class Member:
-    """A reward model with the mean and standard deviation of its scores on its own fold."""
-
-    reward_model: RewardModel
-    mean: float
-    std: float
-
-
-class Judge:
-    """Scores text as `RewardModel` does: the mean of the members' standardised rewards.
-
-    Attributes:
-        folds: the fold of each prompt that some members were trained on, by `prompt_key`.
-        members: the members that may judge a fold, by fold.
-    """
-
-    kind = "judge"
-
-    def __init__(self, folds: Mapping[str, int], members: Mapping[int, Sequence[Member]]) -> None:
-        self.folds = folds
-        self.members = members
-
-    def score(
-        self,
-        prompts: Sequence[Sequence[Mapping[str, str]]],
-        responses: Sequence[str],
-        finished: Sequence[bool],
-    ) -> Tensor:
-        """Return one reward per response, shape (rows,), in standard deviations of the members.
-
-        A prompt that no member was trained on is judged by all of them.
-        """
-        fold_of = [self.folds.get(prompt_key(prompt)) for prompt in prompts]
-        total, count = torch.zeros(len(prompts)), torch.zeros(len(prompts))
-        for fold, members in self.members.items():
-            rows = [row for row, own in enumerate(fold_of) if own in (fold, None)]
-            if not rows:
-                continue
-            arguments = [[values[row] for row in rows] for values in (prompts, responses, finished)]
-            for member in members:
-                rewards = member.reward_model.score(*arguments)
-                total[rows] += (rewards - member.mean) / member.std
-                count[rows] += 1
-        return total / count
-
-
-def prompt_key(messages: Sequence[Mapping[str, str]]) -> str:
-    """Name a prompt by its turns."""
-    return "\0".join(f"{message['role']}\1{message['content']}" for message in messages)
-
-
-def judge_folds(data: PreferenceData) -> dict[str, int]:
-    """Return the fold of every validation and test prompt, by `prompt_key`.
-
-    Prompts are dealt out in turn, category by category, in the order of a hash of their text.
-    """
-    prompts = [prompt for split in ("validation", "test") for prompt in data.prompts(split)]
-
-    def order(prompt: Prompt) -> tuple[str, str]:
-        text = prompt_key(prompt.messages)
-        return prompt.category or "", hashlib.sha256(text.encode()).hexdigest()
-
-    dealt = enumerate(sorted(prompts, key=order))
-    return {prompt_key(prompt.messages): place % FOLDS for place, prompt in dealt}
 
 
 def member_runs() -> dict[str, tuple[str, int, int]]:

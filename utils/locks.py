@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 from filelock import BaseFileLock, FileLock, Timeout
 
-from utils.environment import ROOT
+from utils.files import ROOT
 
 STALE = 600.0  # seconds without a write, after which a process on another machine counts as gone
 _held: dict[Path, BaseFileLock] = {}

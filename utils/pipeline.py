@@ -21,11 +21,13 @@ from utils.config import Profile, flatten
 from utils.data import Group, Pair, PreferenceData, drop_long, load_data, require_splits
 from utils.distributed import processes
 from utils.evaluation import Scorer, evaluate_policy
+from utils.files import ResultsError, read_jsonl, write_jsonl
 from utils.models import load_policy
+from utils.pair_rows import pair_metrics
 from utils.profiles import with_fields
 from utils.reinforce import Monitor
-from utils.results import ResultsError, Run, prepare, read_jsonl, runs_dir, write_jsonl
-from utils.reward_evaluation import pair_metrics, scored_responses
+from utils.results import Run, prepare, runs_dir
+from utils.reward_evaluation import scored_responses
 from utils.reward_training import train_reward_model
 from utils.rewards import KINDS, RewardModel
 from utils.weights import encode_dialogue, encode_prompt, load_tokenizer

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from utils.files import ResultsError
 from utils.intervals import crossed_interval, crossed_sums, mean_or_nan, named, percentile_interval
 from utils.policy_runs import (
     BASE,
@@ -24,7 +25,6 @@ from utils.policy_runs import (
     seeds_of,
 )
 from utils.policy_stats import paired_gains, prompt_means
-from utils.results import ResultsError
 
 NEAR_TOKENS, NEAR_SHARE = 5, 0.2  # how far a match may be in length: the larger of the two
 COEFFICIENTS = ("unchanged", "per_10_tokens", "per_finish")

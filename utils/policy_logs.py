@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from utils.files import ResultsError
 from utils.policy_arms import ARMS, BASELINES, HEADLINE, SEEDS, SETTINGS, TRIALS
 from utils.published_runs import PROFILE, finished_run, seed_runs
-from utils.results import ResultsError
 
 Logs = Mapping[str, Mapping[int, pd.DataFrame]]  # the `metrics.csv` of each run, by arm and seed
 SIZES = ["advantage_std", "advantage_rms", "grad_norm"]

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from utils.evaluation import distinct_n, distinct_of_words
 from utils.intervals import crossed_interval, named
 from utils.policy_arms import AVERAGE
 from utils.policy_runs import (
@@ -32,6 +31,7 @@ from utils.policy_runs import (
     seeds_of,
 )
 from utils.policy_stats import outcomes, paired_gains, pick_weights, prompt_means
+from utils.texts import distinct_n, distinct_of_words
 
 PROXIES, PICKED_FROM = ("scalar", "ordinal"), (2, 4, 8, 16)  # who picks the best of n, and the n
 

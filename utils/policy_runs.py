@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from utils.files import ResultsError, read_jsonl
 from utils.policy_arms import ARMS, AVERAGE, HEADLINE
 from utils.published_runs import PROFILE, finished_run
-from utils.results import ResultsError, Run, read_jsonl
+from utils.results import Run
 
 Frames = Mapping[str, pd.DataFrame]
 BASE, POOL = "sft", "sft_pool"  # what all are compared with; many SFT samples per prompt

@@ -29,6 +29,7 @@ from utils.averaging import average_adapters
 from utils.comparison import Comparison
 from utils.environment import quiet
 from utils.evaluation import held_out_metrics
+from utils.files import ResultsError
 from utils.pipeline import (
     SAMPLING_FIELDS,
     load_sft,
@@ -49,7 +50,7 @@ from utils.policy_stages import (
 )
 from utils.published import load_published, published_sums
 from utils.reinforce import TrainingStopped
-from utils.results import ResultsError, Run
+from utils.results import Run
 
 TEST_FIELDS = ("data", "model", "evaluation", *SAMPLING_FIELDS)
 REWARDS = ("scalar", "ordinal", "judge")  # by which every policy is evaluated

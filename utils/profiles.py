@@ -24,7 +24,7 @@ from utils.config import (
     RewardConfig,
     known_fields,
 )
-from utils.environment import ROOT
+from utils.files import ROOT
 
 PROFILES: dict[str, Profile] = {
     "smoke": Profile(

@@ -25,22 +25,16 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.checkpoints import load_adapter
 from utils.config import Profile
-from utils.environment import RESULTS, quiet
-from utils.judge import FOLDS, Judge, Member, judge_folds, member_profile, member_runs
+from utils.ensemble import FOLDS, Judge, Member, judge_folds
+from utils.environment import quiet
+from utils.files import RESULTS, ResultsError, atomic_write, read_json, read_jsonl, write_json
+from utils.judge import member_profile, member_runs
 from utils.pipeline import load_sft, open_stage, prepared_data, stage_config
 from utils.policy_arms import ARMS as POLICY_ARMS
 from utils.policy_arms import policy_profile
 from utils.probes import probe_pairs, run_probes
 from utils.publish import copy_run, read_record
-from utils.results import (
-    ResultsError,
-    Run,
-    atomic_write,
-    read_json,
-    read_jsonl,
-    runs_dir,
-    write_json,
-)
+from utils.results import Run, runs_dir
 from utils.rewards import RewardModel
 from utils.study import ARMS, arm_profile
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from utils.results import ResultsError, Run, read_json
+from utils.files import ResultsError, read_json
+from utils.results import Run
 
 PROFILE = "cpu"  # the profile that the arms vary; it starts the names of their folders
 

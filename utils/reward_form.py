@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from utils.evaluation import repetition
 from utils.intervals import cluster_draws, percentile_interval
 from utils.sources import PreferenceData
+from utils.texts import repetition
 
 
 def reward_and_form(

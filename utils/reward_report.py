@@ -16,10 +16,11 @@ import pandas as pd
 
 from utils.calibration import expected_calibration_error
 from utils.data import load_data
+from utils.files import ResultsError, read_jsonl
 from utils.intervals import clustered_interval, named
 from utils.profiles import PROFILES
 from utils.published_runs import PROFILE
-from utils.results import ResultsError, Run, read_jsonl
+from utils.results import Run
 from utils.reward_runs import ArmRuns, seed_frames, study_arms
 from utils.rules import TEXT_RULES
 from utils.sources import Pair

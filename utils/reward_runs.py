@@ -12,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from utils.files import ResultsError
+from utils.pair_rows import pair_rows
 from utils.published_runs import seed_runs
-from utils.results import ResultsError, Run
-from utils.reward_evaluation import pair_rows
+from utils.results import Run
 from utils.sources import Pair
 
 

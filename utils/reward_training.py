@@ -18,14 +18,15 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
-from utils.checkpoints import Damaged, read_tensors, read_whole
 from utils.config import Profile, RewardConfig
 from utils.data import Group
+from utils.files import set_aside
 from utils.memory import BatchSize
 from utils.models import compute_dtype, device
-from utils.results import Run, set_aside
+from utils.results import Run
 from utils.reward_trainer import GroupCollator, GroupRewardTrainer, pair_set, training_set
 from utils.rewards import KINDS, RewardModel
+from utils.tensors import Damaged, read_tensors, read_whole
 
 MICRO_GROUPS = 8  # groups in one pass, to begin with, if the configuration leaves it open
 

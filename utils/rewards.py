@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.config import Profile
+from utils.files import atomic_write
 from utils.losses import CLASSES, expected_rating
 from utils.memory import BatchSize
 from utils.models import compute_dtype, device, load_reward_base
-from utils.results import atomic_write
 from utils.weights import ModelError, encode_dialogue, load_tokenizer, pad_right
 
 KINDS = {"scalar": 1, "ordinal": CLASSES}  # kind of reward model -> outputs of its head

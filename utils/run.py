@@ -30,11 +30,11 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 
 from utils.config import ConfigError
-from utils.environment import ROOT as REPO
 from utils.environment import peak_rss_gb
+from utils.files import ROOT as REPO
+from utils.files import write_json
 from utils.profiles import load_profile
 from utils.publish import NUMBERED, RunError, code_cells, publish, read_record, save_notebook
-from utils.results import write_json
 
 # Defaults for the kernels: large blocks stay with the process, which saves page faults on a CPU.
 KERNEL_ENVIRONMENT = {

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from utils.config import ReinforceConfig
 from utils.distributed import gather_rows
 from utils.estimator import kl_regularised
-from utils.evaluation import distinct_n
 from utils.memory import BatchSize
 from utils.rollout import Rollout, batched_logprobs
+from utils.texts import distinct_n
 
 
 @dataclass

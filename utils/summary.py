@@ -10,11 +10,11 @@ from typing import Any
 
 import pandas as pd
 
-from utils.environment import RESULTS, quiet
+from utils.environment import quiet
+from utils.files import RESULTS, read_json, write_json
 from utils.intervals import named_interval
 from utils.policy_arms import HEADLINE
 from utils.published import CHOSEN
-from utils.results import read_json, write_json
 
 PROFILE = "quick"  # the profile whose run says what a first run costs
 # Name in summary.json -> column of the study's table, and of the rules' the column of their count.

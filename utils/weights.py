@@ -27,8 +27,9 @@ from transformers import (
 )
 
 from utils.config import ModelConfig
+from utils.files import atomic_write
 from utils.hub import model_snapshot
-from utils.results import ROOT, atomic_write
+from utils.results import ROOT
 
 CACHE = ROOT / ".cache"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from utils import published, summary
-from utils.results import read_json
+from utils.files import read_json
 
 
 def test_summary_is_what_the_published_runs_give():

@@ -16,8 +16,7 @@ import torch
 from utils.checkpoints import _all
 from utils.config import ConfigError
 from utils.distributed import processes
-from utils.environment import ROOT
-from utils.results import read_json, read_jsonl
+from utils.files import ROOT, read_json, read_jsonl
 from utils.train import parse_setting
 
 SETTINGS = ["reinforce.steps=4", "reinforce.prompts_per_step=6", "reinforce.max_kl=1e9"]

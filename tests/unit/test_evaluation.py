@@ -13,21 +13,15 @@ from torch import nn
 from utils import models, rollout
 from utils.config import EvaluationConfig
 from utils.data import Pair, Prompt
-from utils.evaluation import (
-    compare,
-    distinct_n,
-    distinct_of_words,
-    evaluate_policy,
-    held_out_metrics,
-    repetition,
-    sequence_kl,
-)
+from utils.evaluation import compare, evaluate_policy, held_out_metrics, sequence_kl
+from utils.files import write_jsonl
 from utils.intervals import clustered_interval
+from utils.pair_rows import pair_metrics
 from utils.profiles import PROFILES
-from utils.results import write_jsonl
-from utils.reward_evaluation import pair_metrics, response_key, scored_responses
+from utils.reward_evaluation import response_key, scored_responses
 from utils.rollout import batched_logprobs, sample, sampling_noise
 from utils.sources import Group, Response
+from utils.texts import distinct_n, distinct_of_words, repetition
 
 PROFILE = dataclasses.replace(
     PROFILES["smoke"], evaluation=EvaluationConfig(samples_per_prompt=2, batch_size=3)

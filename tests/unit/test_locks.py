@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 
 from utils import locks
-from utils.environment import ROOT
+from utils.files import ROOT
 from utils.locks import FolderInUse, hold, release
 from utils.results import Run, prepare
 

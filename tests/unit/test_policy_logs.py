@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from utils import policy_logs
-from utils.environment import RESULTS
+from utils.files import RESULTS, ResultsError, append_csv, write_json
 from utils.policy_arms import ARMS, READOUTS, SETTINGS
 from utils.policy_logs import (
     average_table,
@@ -20,7 +20,6 @@ from utils.policy_logs import (
     trial_table,
 )
 from utils.published_runs import seed_runs
-from utils.results import ResultsError, append_csv, write_json
 
 LIMIT = {"reinforce.max_grad_norm": 10.0}
 RUN = {"status": "finished", "seed": 0, "config": LIMIT, "data_fingerprint": "f" * 16, "seconds": 9}

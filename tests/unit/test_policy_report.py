@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from utils import policy_report
+from utils.files import ResultsError, write_json, write_jsonl
 from utils.policy_length import (
     length_regression,
     length_table,
@@ -29,7 +30,6 @@ from utils.policy_runs import (
     rewards_of,
     seeds_of,
 )
-from utils.results import ResultsError, write_json, write_jsonl
 
 SAMPLES = 400
 RUN = {"status": "finished", "seed": 0, "config": {}, "data_fingerprint": "f" * 16, "seconds": 9.0}

@@ -15,6 +15,7 @@ from utils import comparison, pipeline, policy_arms, policy_stages, policy_study
 from utils.checkpoints import load_adapter
 from utils.config import flatten
 from utils.evaluation import evaluate_policy
+from utils.files import ResultsError, read_json, read_jsonl
 from utils.losses import CLASSES, expected_rating
 from utils.pipeline import prepared_data, sft_stage
 from utils.policy_arms import (
@@ -28,7 +29,6 @@ from utils.policy_arms import (
 )
 from utils.profiles import PROFILES
 from utils.readouts import READOUTS, rating_minus_spread
-from utils.results import ResultsError, read_json, read_jsonl
 from utils.rewards import KINDS
 
 LAZY = {"reinforce.learning_rate": 0.0}  # never leaves the SFT model

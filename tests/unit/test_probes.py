@@ -9,11 +9,11 @@ from scipy.stats import spearmanr
 
 from utils.config import DataConfig
 from utils.data import load_data
-from utils.evaluation import repetition
 from utils.perturbations import CLOSINGS, OPENINGS, first_half, repeat_end
 from utils.probes import PROBES, ProbePair, probe_pairs, run_probes
 from utils.reward_form import reward_and_form
 from utils.sources import Group, PreferenceData, Response
+from utils.texts import repetition
 
 # Cut and repeated texts
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from utils import plot_style as look
-from utils.environment import RESULTS
+from utils.files import RESULTS
 from utils.policy_runs import policy_frames
 from utils.readings import (
     SORTS,

@@ -26,10 +26,10 @@ from utils import models, reinforce, rollout, update
 from utils.checkpoints import last_checkpoint, load_adapter
 from utils.config import ModelConfig, ReinforceConfig
 from utils.data import Prompt
-from utils.environment import RESULTS, ROOT
-from utils.evaluation import distinct_n
+from utils.files import RESULTS, ROOT, ResultsError, read_jsonl
 from utils.reinforce import COLUMNS, TrainingStopped, step_prompts, train_policy
-from utils.results import ResultsError, Run, read_jsonl
+from utils.results import Run
+from utils.texts import distinct_n
 from utils.update import PolicyUpdate
 from utils.weights import load_tokenizer
 

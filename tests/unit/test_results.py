@@ -8,17 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from utils.results import (
+from utils.files import (
     ResultsError,
-    Run,
     atomic_write,
-    prepare,
     read_json,
     read_jsonl,
     stored,
     write_json,
     write_jsonl,
 )
+from utils.results import Run, prepare
 
 CONFIG = {"seed": 0, "reward.epochs": 1.0}
 

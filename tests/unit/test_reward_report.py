@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from utils.results import ResultsError, append_csv, write_json, write_jsonl
+from utils.files import ResultsError, append_csv, write_json, write_jsonl
 from utils.reward_report import (
     accuracy_table,
     category_table,

@@ -19,9 +19,10 @@ from trl import RewardTrainer
 from utils import models, reward_trainer, reward_training, rewards
 from utils.config import RewardConfig
 from utils.data import Group, Response
+from utils.files import ResultsError
 from utils.losses import expected_rating
 from utils.profiles import PROFILES
-from utils.results import ResultsError, Run
+from utils.results import Run
 from utils.reward_trainer import GroupCollator, GroupRewardTrainer, pair_set, training_set
 from utils.reward_training import train_reward_model
 from utils.rewards import RewardModel, reward_from_logits

@@ -12,8 +12,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from utils.files import read_jsonl, write_jsonl
 from utils.publish import LARGE, code_hash, copy_run, publish, save_notebook
-from utils.results import read_jsonl, write_jsonl
 from utils.run import REPO, main
 
 TWO_PLUS_TWO = "print('[demo] step 1/2')\nprint('quiet')\n2 + 2"

@@ -11,10 +11,11 @@ import torch
 
 from utils import judge, published, study
 from utils.config import RewardConfig
-from utils.judge import FOLDS, Judge, Member, judge_folds, member_data, prompt_key
+from utils.ensemble import FOLDS, Judge, Member, judge_folds, prompt_key
+from utils.files import ResultsError
+from utils.judge import member_data
 from utils.pipeline import prepared_data
 from utils.profiles import PROFILES, load_profile
-from utils.results import ResultsError
 from utils.study import ARMS, HEADLINE_SEEDS, arm_profile
 
 ASK = [{"role": "user", "content": "Name a colour."}]
