@@ -12,11 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from utils.config import Profile
 from utils.data import PreferenceData, Prompt
 from utils.distributed import processes
-from utils.evaluation import Scorer, held_out_metrics
+from utils.evaluation import Scorer, evaluate_policy
+from utils.intervals import clustered_interval
 from utils.policy_logs import clipped_steps
 from utils.reinforce import Monitor, train_policy
 from utils.results import Run
 from utils.rollout import Rollout
+from utils.texts import distinct_n
 
 Scale = tuple[float, float]  # mean and standard deviation of the SFT model's raw reward
 
@@ -78,3 +80,39 @@ def align_policy(
     if processes().is_main_process:  # the one that has the log
         facts["clipped_steps"] = clipped_steps(run.metrics(), profile.reinforce.max_grad_norm)
     run.finish(**facts)
+
+
+def held_out_metrics(
+    policy: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    profile: Profile,
+    reward_models: Mapping[str, Scorer],
+    scales: Mapping[str, tuple[float, float]],
+) -> dict[str, float | None]:
+    """Return the `eval_*` metrics of the policy.
+
+    Args:
+        policy: the policy.
+        tokenizer: the policy's.
+        prompts: held-out prompts.
+        profile: temperature, length limit, samples per prompt and seed.
+        reward_models: "own", which gives `eval_reward`, and perhaps "judge", `eval_judge`.
+        scales: of each, mean and standard deviation of the SFT model's raw reward.
+    """
+    temperature = profile.reinforce.temperature
+    frame = evaluate_policy(policy, tokenizer, prompts, profile, temperature, reward_models)
+    rewards = {name: (frame[f"reward_{name}"] - mean) / std for name, (mean, std) in scales.items()}
+    reward = clustered_interval(
+        rewards["own"], frame["prompt_id"], profile.evaluation.bootstrap_samples
+    )
+    return {
+        "eval_reward": reward["value"],
+        "eval_reward_low": reward["low"],
+        "eval_reward_high": reward["high"],
+        "eval_kl": float(frame["kl"].mean()),
+        "eval_mean_length": float(frame["length"].mean()),
+        "eval_finished": float(frame["finished"].mean()),
+        "eval_distinct_2": distinct_n(frame["response"]),
+        "eval_judge": float(rewards["judge"].mean()) if "judge" in rewards else None,
+    }

@@ -12,10 +12,11 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from utils.alignment import Scale
-from utils.config import Profile
-from utils.evaluation import Scorer, compare, evaluate_policy
+from utils.config import Profile, with_fields
+from utils.evaluation import Scorer, evaluate_policy
 from utils.files import read_jsonl, write_jsonl
 from utils.intervals import clustered_interval
+from utils.losses import KINDS
 from utils.pipeline import (
     ALIGN_FIELDS,
     align_stage,
@@ -25,8 +26,7 @@ from utils.pipeline import (
     reward_scale,
     stage_config,
 )
-from utils.profiles import with_fields
-from utils.rewards import KINDS
+from utils.policy_stats import compare
 
 Loader = Callable[[], tuple[PeftModel, PreTrainedTokenizerBase]]
 

@@ -32,6 +32,7 @@ from utils.sources import (
 # What is used of this module; some of it lives in utils.sources.
 __all__ = ["SPLITS", "DataError", "Group", "Pair", "PreferenceData", "Prompt", "Response"]
 __all__ += ["drop_long", "load_data", "pairs_frame", "require_splits", "responses_frame"]
+Key = tuple[str, int, int]  # prompt, batch, place among the responses rated side by side
 
 
 def load_data(config: DataConfig) -> PreferenceData:
@@ -185,3 +186,8 @@ def _first_prompts(groups: Sequence[Group], split: str, config: DataConfig) -> l
         by_category[category].append(prompt_id)
     turns = zip_longest(*by_category.values())
     return [prompt_id for turn in turns for prompt_id in turn if prompt_id is not None][:limit]
+
+
+def response_key(pair: Pair, response: Response) -> Key:
+    """Name one of a pair's responses."""
+    return pair.prompt_id, pair.group.batch, pair.group.responses.index(response)

@@ -14,10 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.config import Profile
 from utils.data import Prompt
-from utils.intervals import clustered_interval
-from utils.policy_stats import outcomes
 from utils.rollout import Rollout, batched_logprobs, sample, sampling_noise
-from utils.texts import distinct_n, repetition
+from utils.texts import repetition
 from utils.weights import encode_prompt
 
 
@@ -84,42 +82,6 @@ def evaluate_policy(
     return frame
 
 
-def held_out_metrics(
-    policy: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    profile: Profile,
-    reward_models: Mapping[str, Scorer],
-    scales: Mapping[str, tuple[float, float]],
-) -> dict[str, float | None]:
-    """Return the `eval_*` metrics of the policy.
-
-    Args:
-        policy: the policy.
-        tokenizer: the policy's.
-        prompts: held-out prompts.
-        profile: temperature, length limit, samples per prompt and seed.
-        reward_models: "own", which gives `eval_reward`, and perhaps "judge", `eval_judge`.
-        scales: of each, mean and standard deviation of the SFT model's raw reward.
-    """
-    temperature = profile.reinforce.temperature
-    frame = evaluate_policy(policy, tokenizer, prompts, profile, temperature, reward_models)
-    rewards = {name: (frame[f"reward_{name}"] - mean) / std for name, (mean, std) in scales.items()}
-    reward = clustered_interval(
-        rewards["own"], frame["prompt_id"], profile.evaluation.bootstrap_samples
-    )
-    return {
-        "eval_reward": reward["value"],
-        "eval_reward_low": reward["low"],
-        "eval_reward_high": reward["high"],
-        "eval_kl": float(frame["kl"].mean()),
-        "eval_mean_length": float(frame["length"].mean()),
-        "eval_finished": float(frame["finished"].mean()),
-        "eval_distinct_2": distinct_n(frame["response"]),
-        "eval_judge": float(rewards["judge"].mean()) if "judge" in rewards else None,
-    }
-
-
 def sequence_kl(
     policy: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -139,45 +101,3 @@ def sequence_kl(
     with policy.disable_adapter():
         reference, _ = batched_logprobs(policy, rollout, profile.reinforce.temperature, pad)
     return (own - reference).numpy()
-
-
-def compare(frames: Mapping[str, pd.DataFrame], column: str, samples: int) -> pd.DataFrame:
-    """Compare policies with the first on the same prompts.
-
-    Args:
-        frames: rows of `evaluate_policy` by policy; the first is what the others are compared to.
-        column: the reward to compare.
-        samples: bootstrap resamples.
-
-    Returns:
-        One row per policy: mean `column` with its interval, paired difference to the first with
-        its interval (over prompts), win rate (a tie is half a win), KL, length, finished share,
-        distinct-2 and repetition.
-    """
-    base = next(iter(frames.values()))
-    rows = []
-    for name, frame in frames.items():
-        own = clustered_interval(frame[column], frame["prompt_id"], samples)
-        difference = frame[column].to_numpy() - base[column].to_numpy()
-        paired = clustered_interval(difference, frame["prompt_id"], samples)
-        rows.append(
-            {
-                "policy": name,
-                "reward": own["value"],
-                "reward_low": own["low"],
-                "reward_high": own["high"],
-                "difference": paired["value"],
-                "low": paired["low"],
-                "high": paired["high"],
-                "win_rate": outcomes(frame, base, column)["win_rate"].mean(),
-                "kl": frame["kl"].astype(float).mean(),
-                "length": frame["length"].mean(),
-                "finished": frame["finished"].mean(),
-                "distinct_2": distinct_n(frame["response"]),
-                "repetition": frame["repetition"].mean(),
-                "n": own["n"],
-            }
-        )
-    return pd.DataFrame(rows)
-
-

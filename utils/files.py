@@ -15,6 +15,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"  # what is published
 ABANDONED = 3600.0  # seconds after which what a kill left half written is removed
@@ -76,6 +78,23 @@ def read_json(path: Path) -> Any:
         raise ResultsError(f"{shown} is missing; run the notebook that makes it") from error
     except ValueError as error:
         raise ResultsError(f"{shown} is cut short or damaged: {error}") from error
+
+
+class RunFolder:
+    """A run as it lies on disk: what tables are made from.
+
+    Attributes:
+        directory: the folder.
+        info: the content of `run.json`.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.info: dict[str, Any] = read_json(directory / "run.json")
+
+    def metrics(self) -> pd.DataFrame:
+        """Return `metrics.csv`, one row per step."""
+        return pd.read_csv(self.directory / "metrics.csv")
 
 
 def append_csv(path: Path, row: Mapping[str, Any]) -> None:

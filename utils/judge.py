@@ -18,17 +18,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from utils.config import Profile
-from utils.data import Group, Pair, PreferenceData
+from utils.config import Profile, with_fields
+from utils.data import Group, Key, Pair, PreferenceData, response_key
 from utils.ensemble import FOLDS, judge_folds, prompt_key
 from utils.environment import quiet
 from utils.files import read_jsonl, stored
 from utils.intervals import clustered_interval
 from utils.pipeline import REWARD_FIELDS, open_stage, prepared_data, stage_config, train_and_score
-from utils.profiles import with_fields
 from utils.results import Run
-from utils.reward_evaluation import Key, response_key
-from utils.study import ARMS, arm_profile
+from utils.reward_arms import ARMS, arm_profile
 
 # Two losses that differ much, so that what the members have in common is the text; with seeds that
 # no policy's reward model has.

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CLASSES = 10  # ratings 1..10
+KINDS = {"scalar": 1, "ordinal": CLASSES}  # kind of reward model -> outputs of its head
 
 
 def bradley_terry_loss(
@@ -220,3 +221,8 @@ def pair_indices(ratings: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     """
     better = (ratings[:, None] > ratings[None, :]) & (group[:, None] == group[None, :])
     return better.nonzero(as_tuple=True)
+
+
+def reward_from_logits(logits: Tensor) -> Tensor:
+    """Read the reward off a head's outputs: one column is the reward, ten are a distribution."""
+    return logits[:, 0] if logits.shape[-1] == 1 else expected_rating(logits)

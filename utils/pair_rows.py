@@ -9,14 +9,13 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 
-from utils.data import Pair
-from utils.files import read_jsonl
+from utils.data import Pair, response_key
+from utils.files import RunFolder, read_jsonl
 from utils.intervals import clustered_interval
 from utils.losses import CLASSES, log_win_probability
-from utils.results import Run
 
 
-def pair_rows(run: Run, pairs: Sequence[Pair]) -> pd.DataFrame:
+def pair_rows(run: RunFolder, pairs: Sequence[Pair]) -> pd.DataFrame:
     """Pair up the scored responses of a run.
 
     Args:
@@ -49,7 +48,7 @@ def pair_rows(run: Run, pairs: Sequence[Pair]) -> pd.DataFrame:
 
 
 def pair_metrics(
-    run: Run, pairs: Sequence[Pair], samples: int
+    run: RunFolder, pairs: Sequence[Pair], samples: int
 ) -> tuple[pd.DataFrame, dict[str, dict[str, float]]]:
     """Measure the scored pairs of a run.
 

@@ -17,19 +17,19 @@ from transformers import PreTrainedTokenizerBase
 from utils.alignment import align_policy
 from utils.architecture import check_config, try_model
 from utils.checkpoints import load_adapter
-from utils.config import Profile, flatten
+from utils.config import Profile, flatten, runs_dir, with_fields
 from utils.data import Group, Pair, PreferenceData, drop_long, load_data, require_splits
 from utils.distributed import processes
 from utils.evaluation import Scorer, evaluate_policy
 from utils.files import ResultsError, read_jsonl, write_jsonl
+from utils.losses import KINDS
 from utils.models import load_policy
 from utils.pair_rows import pair_metrics
-from utils.profiles import with_fields
 from utils.reinforce import Monitor
-from utils.results import Run, prepare, runs_dir
+from utils.results import Run, prepare
 from utils.reward_evaluation import scored_responses
 from utils.reward_training import train_reward_model
-from utils.rewards import KINDS, RewardModel
+from utils.rewards import RewardModel
 from utils.weights import encode_dialogue, encode_prompt, load_tokenizer
 
 SCALE_PROMPTS = 128  # training prompts whose SFT samples fix the unit of the reward

@@ -14,10 +14,9 @@ from IPython.display import Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from utils.config import Profile
+from utils.config import Profile, runs_dir
 from utils.files import atomic_write
 from utils.intervals import side
-from utils.results import runs_dir
 
 # After Okabe and Ito: told apart by colour-blind readers.
 GREY, DARK, BLUE = "#8c8c8c", "#4d4d4d", "#0072b2"

@@ -8,8 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from utils.config import Profile, flatten
-from utils.profiles import PROFILES, with_fields
+from utils.config import PROFILES, Profile, flatten, with_fields
 
 SEEDS = (0, 1, 2)  # of the two arms that the report is about
 

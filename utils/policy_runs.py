@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils.files import ResultsError, read_jsonl
+from utils.files import ResultsError, RunFolder, read_jsonl
 from utils.policy_arms import ARMS, AVERAGE, HEADLINE
 from utils.published_runs import PROFILE, finished_run
-from utils.results import Run
 
 Frames = Mapping[str, pd.DataFrame]
 BASE, POOL = "sft", "sft_pool"  # what all are compared with; many SFT samples per prompt
@@ -178,7 +177,7 @@ def extremes(
 _SEEDED = re.compile(r"(.+)_s(\d+)")  # an arm and its seed; `scalar_s0_greedy` is a control
 
 
-def _rows(run: Run) -> pd.DataFrame:
+def _rows(run: RunFolder) -> pd.DataFrame:
     frame = pd.DataFrame(read_jsonl(run.directory / "samples.jsonl"))
     if missing := [name for name in REWARDS if f"reward_{name}" not in frame]:
         raise ResultsError(f"{run.directory.name} lacks the reward of {missing}: {_AGAIN}")

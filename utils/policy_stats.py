@@ -7,10 +7,13 @@ list of frames holds the seeds of one policy.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+
+from utils.intervals import clustered_interval
+from utils.texts import distinct_n
 
 
 def prompt_means(frames: Sequence[pd.DataFrame], values: Sequence[np.ndarray]) -> np.ndarray:
@@ -66,3 +69,43 @@ def pick_weights(scores: np.ndarray, n: int) -> np.ndarray:
     below = (scores[:, None, :] < scores[:, :, None]).sum(-1)
     same = (scores[:, None, :] == scores[:, :, None]).sum(-1)
     return (chances[below + same] - chances[below]) / same
+
+
+def compare(frames: Mapping[str, pd.DataFrame], column: str, samples: int) -> pd.DataFrame:
+    """Compare policies with the first on the same prompts.
+
+    Args:
+        frames: rows of `evaluate_policy` by policy; the first is what the others are compared to.
+        column: the reward to compare.
+        samples: bootstrap resamples.
+
+    Returns:
+        One row per policy: mean `column` with its interval, paired difference to the first with
+        its interval (over prompts), win rate (a tie is half a win), KL, length, finished share,
+        distinct-2 and repetition.
+    """
+    base = next(iter(frames.values()))
+    rows = []
+    for name, frame in frames.items():
+        own = clustered_interval(frame[column], frame["prompt_id"], samples)
+        difference = frame[column].to_numpy() - base[column].to_numpy()
+        paired = clustered_interval(difference, frame["prompt_id"], samples)
+        rows.append(
+            {
+                "policy": name,
+                "reward": own["value"],
+                "reward_low": own["low"],
+                "reward_high": own["high"],
+                "difference": paired["value"],
+                "low": paired["low"],
+                "high": paired["high"],
+                "win_rate": outcomes(frame, base, column)["win_rate"].mean(),
+                "kl": frame["kl"].astype(float).mean(),
+                "length": frame["length"].mean(),
+                "finished": frame["finished"].mean(),
+                "distinct_2": distinct_n(frame["response"]),
+                "repetition": frame["repetition"].mean(),
+                "n": own["n"],
+            }
+        )
+    return pd.DataFrame(rows)

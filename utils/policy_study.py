@@ -25,10 +25,10 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from utils import study
+from utils.alignment import held_out_metrics
 from utils.averaging import average_adapters
 from utils.comparison import Comparison
 from utils.environment import quiet
-from utils.evaluation import held_out_metrics
 from utils.files import ResultsError
 from utils.pipeline import (
     SAMPLING_FIELDS,

@@ -19,8 +19,8 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
+from utils.config import PROFILES
 from utils.files import atomic_write
-from utils.profiles import PROFILES
 
 NUMBERED = "[0-9][0-9]_*.ipynb"
 LARGE = 300_000  # bytes of a samples.jsonl, above which it is published compressed

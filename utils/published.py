@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from utils.checkpoints import load_adapter
-from utils.config import Profile
+from utils.config import Profile, runs_dir
 from utils.ensemble import FOLDS, Judge, Member, judge_folds
 from utils.environment import quiet
 from utils.files import RESULTS, ResultsError, atomic_write, read_json, read_jsonl, write_json
@@ -34,9 +34,9 @@ from utils.policy_arms import ARMS as POLICY_ARMS
 from utils.policy_arms import policy_profile
 from utils.probes import probe_pairs, run_probes
 from utils.publish import copy_run, read_record
-from utils.results import Run, runs_dir
+from utils.results import Run
+from utils.reward_arms import ARMS, arm_profile
 from utils.rewards import RewardModel
-from utils.study import ARMS, arm_profile
 
 MODELS = RESULTS / "models"
 INDEX = MODELS / "index.json"

@@ -5,19 +5,19 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from utils.files import ResultsError, read_json
-from utils.results import Run
+from utils.files import ResultsError, RunFolder
 
 PROFILE = "cpu"  # the profile that the arms vary; it starts the names of their folders
 
 
-def finished_run(path: Path, seed: int | None = None) -> Run:
+def finished_run(path: Path, seed: int | None = None) -> RunFolder:
     """Return the published run in a folder.
 
     Raises:
         ResultsError: if it is not finished, or has another seed than `seed`, that of its name.
     """
-    info = read_json(path / "run.json")
+    run = RunFolder(path)
+    info = run.info
     if info["status"] != "finished":
         raise ResultsError(
             f"{path.name} is not finished, its status is {info['status']!r}: let it finish and "
@@ -28,10 +28,10 @@ def finished_run(path: Path, seed: int | None = None) -> Run:
             f"{path.name} was trained with seed {info['seed']}: name its folder after that "
             f"seed, or publish the run with seed {seed}"
         )
-    return Run(path, info["config"], info["seed"], info["data_fingerprint"])
+    return run
 
 
-def seed_runs(results: Path, name: str) -> dict[int, Run]:
+def seed_runs(results: Path, name: str) -> dict[int, RunFolder]:
     """Return the runs in the folders `cpu-<name>_s<seed>`, by seed; empty if there is none.
 
     Raises:

@@ -18,9 +18,9 @@ from utils.losses import (
     outcome_probabilities,
     rating_entropy,
     rating_spread,
+    reward_from_logits,
 )
 from utils.readouts import rating_minus_spread
-from utils.rewards import reward_from_logits
 
 Row = Mapping[str, Any]  # of a run's samples.jsonl
 Criterion = Callable[[Sequence[Row], Tensor], Tensor]  # of the rows and their logits

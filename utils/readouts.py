@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from utils.losses import expected_rating, rating_spread
-from utils.rewards import RewardModel, reward_from_logits
+from utils.losses import expected_rating, rating_spread, reward_from_logits
+from utils.rewards import RewardModel
 
 
 def rating_minus_spread(logits: Tensor) -> Tensor:

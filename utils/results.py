@@ -7,15 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
-from utils.config import Profile, config_hash
+from utils.config import config_hash
 from utils.distributed import processes
 from utils.environment import environment, peak_rss_gb
 from utils.files import (
-    ROOT,
     ResultsError,
+    RunFolder,
     append_csv,
     atomic_write,
     read_json,
@@ -25,12 +24,7 @@ from utils.files import (
 from utils.locks import hold, release
 
 
-def runs_dir(profile: Profile) -> Path:
-    """Return the scratch folder of a profile, `runs/<profile>` below the repository root."""
-    return ROOT / "runs" / profile.name
-
-
-class Run:
+class Run(RunFolder):
     """One run's folder. Rows are appended line by line; `run.json` says whether it finished.
 
     Attributes:
@@ -95,10 +89,6 @@ class Run:
         ]
         atomic_write(path, lambda p: p.write_text("".join([lines[0], *kept])))
 
-    def metrics(self) -> pd.DataFrame:
-        """Return `metrics.csv`, one row per step."""
-        return pd.read_csv(self.directory / "metrics.csv")
-
 
 def prepare(directory: Path, config: Mapping[str, Any]) -> str:
     """Decide what an artefact's folder is good for, and say so.
@@ -142,5 +132,3 @@ def prepare(directory: Path, config: Mapping[str, Any]) -> str:
         print(f"{label} {damage}; set aside, starting anew")
         set_aside(directory, f"{directory.name}@damaged")
     return "new"
-
-

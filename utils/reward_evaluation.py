@@ -5,15 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from utils.data import Pair, Response
-from utils.rewards import RewardModel, reward_from_logits
-
-Key = tuple[str, int, int]  # prompt, batch, place among the responses rated side by side
-
-
-def response_key(pair: Pair, response: Response) -> Key:
-    """Name one of a pair's responses."""
-    return pair.prompt_id, pair.group.batch, pair.group.responses.index(response)
+from utils.data import Key, Pair, Response, response_key
+from utils.losses import reward_from_logits
+from utils.rewards import RewardModel
 
 
 def scored_responses(reward_model: RewardModel, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
@@ -47,5 +41,3 @@ def scored_responses(reward_model: RewardModel, pairs: Sequence[Pair]) -> list[d
             found.items(), rewards, logits.tolist(), strict=True
         )
     ]
-
-

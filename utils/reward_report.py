@@ -15,16 +15,15 @@ import numpy as np
 import pandas as pd
 
 from utils.calibration import expected_calibration_error
+from utils.config import PROFILES
 from utils.data import load_data
-from utils.files import ResultsError, read_jsonl
+from utils.files import ResultsError, RunFolder, read_jsonl
 from utils.intervals import clustered_interval, named
-from utils.profiles import PROFILES
 from utils.published_runs import PROFILE
-from utils.results import Run
+from utils.reward_arms import ARMS
 from utils.reward_runs import ArmRuns, seed_frames, study_arms
 from utils.rules import TEXT_RULES
 from utils.sources import Pair
-from utils.study import ARMS
 
 CURVES = ("margin", "pairwise")  # arms that were also trained on a share of the prompts
 SHARES = ("_10", "_25", "_50", "")  # in percent; without a suffix, all
@@ -121,7 +120,9 @@ def difference_table(
     return pd.DataFrame(rows, columns=["arm", "label", "reference", "seeds", *ends])
 
 
-def ensemble_accuracy(runs: Sequence[Run], pairs: Sequence[Pair], samples: int) -> dict[str, float]:
+def ensemble_accuracy(
+    runs: Sequence[RunFolder], pairs: Sequence[Pair], samples: int
+) -> dict[str, float]:
     """Return the accuracy of the mean of the seeds' rewards, with its interval.
 
     Each seed's rewards count in standard deviations over the responses that it scored.
@@ -193,7 +194,7 @@ def _accuracy_row(arm: str, seeds: ArmRuns, samples: int) -> dict[str, Any]:
     }
 
 
-def _minutes(runs: Sequence[Run]) -> float:
+def _minutes(runs: Sequence[RunFolder]) -> float:
     """Return the mean training time of the runs that had more than one core to themselves."""
     alone = [run for run in runs if run.info.get("threads", 1) > 1]
     return float(np.mean([run.metrics()["seconds"].sum() / 60 for run in alone] or [math.nan]))

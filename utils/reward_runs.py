@@ -12,17 +12,16 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from utils.files import ResultsError
+from utils.files import ResultsError, RunFolder
 from utils.pair_rows import pair_rows
 from utils.published_runs import seed_runs
-from utils.results import Run
 from utils.sources import Pair
 
 
 class ArmRuns(NamedTuple):
     """The seeds of an arm."""
 
-    runs: list[Run]
+    runs: list[RunFolder]
     frames: list[pd.DataFrame]  # of each run, the rows of `pair_rows`
 
     def of_seeds(self, seeds: Collection[int]) -> ArmRuns:
@@ -42,7 +41,7 @@ class ArmRuns(NamedTuple):
         return table
 
 
-def study_runs(results: Path, arm: str) -> list[Run]:
+def study_runs(results: Path, arm: str) -> list[RunFolder]:
     """Return an arm's runs, the folders `cpu-rm_<arm>_s<seed>`, by seed; empty if it has none.
 
     Raises:
@@ -72,7 +71,7 @@ def study_arms(
     """
     found = {arm: runs for arm in arms if (runs := study_runs(results, arm))}
     everything = [run for runs in found.values() for run in runs]
-    first: dict[int | None, Run] = {}
+    first: dict[int | None, RunFolder] = {}
     for run in everything:
         size = run.info["config"]["data.train_prompts"] if across_sizes else None
         other = first.setdefault(size, run)
@@ -87,7 +86,7 @@ def study_arms(
     return {arm: ArmRuns(runs, [next(frames) for _ in runs]) for arm, runs in found.items()}
 
 
-def seed_frames(runs: Sequence[Run], pairs: Sequence[Pair]) -> list[pd.DataFrame]:
+def seed_frames(runs: Sequence[RunFolder], pairs: Sequence[Pair]) -> list[pd.DataFrame]:
     """Return the rows of `pair_rows` of each run.
 
     Raises:
@@ -113,7 +112,7 @@ def seed_frames(runs: Sequence[Run], pairs: Sequence[Pair]) -> list[pd.DataFrame
     return frames
 
 
-def pair_frame(runs: Sequence[Run], pairs: Sequence[Pair]) -> pd.DataFrame:
+def pair_frame(runs: Sequence[RunFolder], pairs: Sequence[Pair]) -> pd.DataFrame:
     """Average an arm's seeds, pair by pair.
 
     Returns:
@@ -124,7 +123,7 @@ def pair_frame(runs: Sequence[Run], pairs: Sequence[Pair]) -> pd.DataFrame:
     return ArmRuns([*runs], seed_frames(runs, pairs)).averaged()
 
 
-def _other_pairs(run: Run) -> str:
+def _other_pairs(run: RunFolder) -> str:
     return (
         f"{run.directory.name} scored other responses than those of the test pairs: use the data "
         "that it was trained on, or train it again and publish it"

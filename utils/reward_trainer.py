@@ -15,9 +15,8 @@ from trl import RewardTrainer
 
 from utils.config import RewardConfig
 from utils.data import Group
-from utils.losses import pair_indices
+from utils.losses import pair_indices, reward_from_logits
 from utils.reward_losses import loss_totals, reward_loss
-from utils.rewards import reward_from_logits
 from utils.weights import encode_dialogue, pad_right
 
 ROWS_TOGETHER = 8  # responses of like length in one forward pass

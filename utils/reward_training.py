@@ -21,11 +21,12 @@ from trl import RewardTrainer
 from utils.config import Profile, RewardConfig
 from utils.data import Group
 from utils.files import set_aside
+from utils.losses import KINDS
 from utils.memory import BatchSize
 from utils.models import compute_dtype, device
 from utils.results import Run
 from utils.reward_trainer import GroupCollator, GroupRewardTrainer, pair_set, training_set
-from utils.rewards import KINDS, RewardModel
+from utils.rewards import RewardModel
 from utils.tensors import Damaged, read_tensors, read_whole
 
 MICRO_GROUPS = 8  # groups in one pass, to begin with, if the configuration leaves it open

@@ -13,12 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.config import Profile
 from utils.files import atomic_write
-from utils.losses import CLASSES, expected_rating
+from utils.losses import KINDS, reward_from_logits
 from utils.memory import BatchSize
 from utils.models import compute_dtype, device, load_reward_base
 from utils.weights import ModelError, encode_dialogue, load_tokenizer, pad_right
-
-KINDS = {"scalar": 1, "ordinal": CLASSES}  # kind of reward model -> outputs of its head
 
 
 class RewardModel:
@@ -122,8 +120,3 @@ class RewardModel:
     ) -> Tensor:
         """Return one reward per response, shape (rows,): the logit, or the expected rating."""
         return reward_from_logits(self.logits(prompts, responses, finished))
-
-
-def reward_from_logits(logits: Tensor) -> Tensor:
-    """Read the reward off a head's outputs: one column is the reward, ten are a distribution."""
-    return logits[:, 0] if logits.shape[-1] == 1 else expected_rating(logits)

@@ -29,11 +29,10 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 
-from utils.config import ConfigError
+from utils.config import ConfigError, load_profile
 from utils.environment import peak_rss_gb
 from utils.files import ROOT as REPO
 from utils.files import write_json
-from utils.profiles import load_profile
 from utils.publish import NUMBERED, RunError, code_cells, publish, read_record, save_notebook
 
 # Defaults for the kernels: large blocks stay with the process, which saves page faults on a CPU.

@@ -18,17 +18,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from utils.config import ConfigError
+from utils.config import ConfigError, load_profile
 from utils.distributed import processes
 from utils.environment import quiet
 from utils.files import ResultsError
 from utils.hub import HubError
 from utils.locks import FolderInUse
+from utils.losses import KINDS
 from utils.memory import MemoryTooSmall
 from utils.pipeline import align_stage, reward_stage
-from utils.profiles import load_profile
 from utils.reinforce import TrainingStopped
-from utils.rewards import KINDS
 from utils.sources import DataError
 from utils.weights import ModelError
 

@@ -17,9 +17,7 @@ from IPython.display import HTML, display
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from utils.data import Prompt
 from utils.plot_style import BLUE, DARK, GREY, measured, smooth, style
-from utils.rollout import Rollout
 
 SHORT = 160  # characters of a text that is shown in a line
 SAMPLE_EVERY = 8  # steps between two samples in the text view
@@ -69,7 +67,7 @@ class LiveView:
         self._last = 0.0
 
     def __call__(
-        self, row: dict[str, Any], prompts: Sequence[Prompt], rollout: Rollout, rewards: Tensor
+        self, row: dict[str, Any], prompts: Sequence[Any], rollout: Any, rewards: Tensor
     ) -> None:
         """Show one step: its metrics row, prompts, completions and rewards, shape (rows,)."""
         now = time.monotonic()

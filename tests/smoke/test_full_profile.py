@@ -14,9 +14,8 @@ import pytest
 from tests.copied import copy_of_repository
 from tests.fake_hub import FakeHub
 from tests.hub_data import MARKED, pair, pairs, parquet
-from utils.config import ModelConfig
+from utils.config import PROFILES, ModelConfig
 from utils.files import read_json
-from utils.profiles import PROFILES
 from utils.weights import weights_path
 
 pytestmark = pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 
 from utils import train
 from utils.config import (
+    PROFILES,
     ConfigError,
     DataConfig,
     Profile,
@@ -15,8 +16,8 @@ from utils.config import (
     config_hash,
     flatten,
     known_fields,
+    load_profile,
 )
-from utils.profiles import PROFILES, load_profile
 
 
 @pytest.fixture(autouse=True)

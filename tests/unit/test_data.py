@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils import data as data_module
-from utils.config import DataConfig
+from utils.config import DataConfig, load_profile
 from utils.data import (
     SPLITS,
     DataError,
@@ -25,7 +25,6 @@ from utils.data import (
     responses_frame,
 )
 from utils.pipeline import prepared_data
-from utils.profiles import load_profile
 from utils.weights import encode_prompt
 
 

@@ -11,14 +11,15 @@ import torch
 from torch import nn
 
 from utils import models, rollout
-from utils.config import EvaluationConfig
-from utils.data import Pair, Prompt
-from utils.evaluation import compare, evaluate_policy, held_out_metrics, sequence_kl
+from utils.alignment import held_out_metrics
+from utils.config import PROFILES, EvaluationConfig
+from utils.data import Pair, Prompt, response_key
+from utils.evaluation import evaluate_policy, sequence_kl
 from utils.files import write_jsonl
 from utils.intervals import clustered_interval
 from utils.pair_rows import pair_metrics
-from utils.profiles import PROFILES
-from utils.reward_evaluation import response_key, scored_responses
+from utils.policy_stats import compare
+from utils.reward_evaluation import scored_responses
 from utils.rollout import batched_logprobs, sample, sampling_noise
 from utils.sources import Group, Response
 from utils.texts import distinct_n, distinct_of_words, repetition

@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from utils import architecture, models, weights
 from utils.architecture import check_config, try_model
-from utils.config import ModelConfig
+from utils.config import PROFILES, ModelConfig
 from utils.models import load_policy, load_reward_base
-from utils.profiles import PROFILES
 from utils.rollout import choose_tokens, completion_logprobs, sample, sampling_noise
 from utils.weights import ModelError, encode_dialogue, encode_prompt, load_tokenizer, pad_right
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from utils import models, pipeline, results, reward_training, rewards, rollout
+from utils.config import load_profile
 from utils.files import read_json, read_jsonl
 from utils.pipeline import (
     align_run,
@@ -16,7 +17,6 @@ from utils.pipeline import (
     reward_stage,
     sft_stage,
 )
-from utils.profiles import load_profile
 from utils.reward_training import GroupRewardTrainer
 from utils.weights import ModelError
 

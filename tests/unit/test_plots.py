@@ -16,7 +16,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from utils import plot_style, plots
-from utils.profiles import PROFILES
+from utils.config import PROFILES
 
 SMOKE = PROFILES["smoke"]
 

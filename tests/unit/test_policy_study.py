@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from utils import comparison, pipeline, policy_arms, policy_stages, policy_study, published, results
 from utils.checkpoints import load_adapter
-from utils.config import flatten
+from utils.config import PROFILES, flatten
 from utils.evaluation import evaluate_policy
 from utils.files import ResultsError, read_json, read_jsonl
-from utils.losses import CLASSES, expected_rating
+from utils.losses import CLASSES, KINDS, expected_rating
 from utils.pipeline import prepared_data, sft_stage
 from utils.policy_arms import (
     ARMS,
@@ -27,9 +27,7 @@ from utils.policy_arms import (
     PolicyArm,
     policy_profile,
 )
-from utils.profiles import PROFILES
 from utils.readouts import READOUTS, rating_minus_spread
-from utils.rewards import KINDS
 
 LAZY = {"reinforce.learning_rate": 0.0}  # never leaves the SFT model
 SMALL = {

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from utils.files import ResultsError, append_csv, write_json, write_jsonl
+from utils.losses import KINDS
 from utils.reward_report import (
     accuracy_table,
     category_table,
@@ -16,7 +17,6 @@ from utils.reward_report import (
     versus_rules,
 )
 from utils.reward_runs import pair_frame, study_runs
-from utils.rewards import KINDS
 from utils.sources import Group, PreferenceData, Response
 
 SAMPLES = 400

@@ -17,15 +17,14 @@ from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
 from utils import models, reward_trainer, reward_training, rewards
-from utils.config import RewardConfig
+from utils.config import PROFILES, RewardConfig
 from utils.data import Group, Response
 from utils.files import ResultsError
-from utils.losses import expected_rating
-from utils.profiles import PROFILES
+from utils.losses import expected_rating, reward_from_logits
 from utils.results import Run
 from utils.reward_trainer import GroupCollator, GroupRewardTrainer, pair_set, training_set
 from utils.reward_training import train_reward_model
-from utils.rewards import RewardModel, reward_from_logits
+from utils.rewards import RewardModel
 from utils.weights import ModelError
 
 PROMPT = ({"role": "user", "content": "Name a colour."},)

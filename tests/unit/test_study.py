@@ -10,13 +10,12 @@ import pytest
 import torch
 
 from utils import judge, published, study
-from utils.config import RewardConfig
+from utils.config import PROFILES, RewardConfig, load_profile
 from utils.ensemble import FOLDS, Judge, Member, judge_folds, prompt_key
 from utils.files import ResultsError
 from utils.judge import member_data
 from utils.pipeline import prepared_data
-from utils.profiles import PROFILES, load_profile
-from utils.study import ARMS, HEADLINE_SEEDS, arm_profile
+from utils.reward_arms import ARMS, HEADLINE_SEEDS, arm_profile
 
 ASK = [{"role": "user", "content": "Name a colour."}]
 
