@@ -28,20 +28,20 @@ help: ## list the targets (default)
 	@echo "  TORCH_ARGS=         extra pip arguments for torch, for example the index of a CPU build"
 
 run: $(STAMP) ## execute the notebooks in order into runs/PROFILE/
-	@$(BIN) -m utils.run --profile $(PROFILE) $(if $(strip $(NOTEBOOKS)),--only $(NOTEBOOKS))
+	@$(BIN) -m utils.experiments.run --profile $(PROFILE) $(if $(strip $(NOTEBOOKS)),--only $(NOTEBOOKS))
 
 publish: $(STAMP) ## copy what runs/PROFILE/ holds into results/ and notebooks/
-	@$(BIN) -m utils.run --profile $(PROFILE) --publish
-	@$(BIN) -m utils.summary
+	@$(BIN) -m utils.experiments.run --profile $(PROFILE) --publish
+	@$(BIN) -m utils.experiments.summary
 
 study: $(STAMP) ## train what the studies lack (hours), or the arms in NAME; publish to results/
 ifeq ($(strip $(NAME)),)
-	@$(BIN) -m utils.study
-	@$(BIN) -m utils.judge
-	@$(BIN) -m utils.published
+	@$(BIN) -m utils.experiments.study
+	@$(BIN) -m utils.experiments.judge
+	@$(BIN) -m utils.experiments.published
 endif
-	@$(BIN) -m utils.policy_study $(NAME)
-	@$(BIN) -m utils.published
+	@$(BIN) -m utils.experiments.policy_study $(NAME)
+	@$(BIN) -m utils.experiments.published
 
 test: $(STAMP) ## check style, then run all tests, the smoke sequence included
 	@echo "== ruff check"

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from utils.run import REPO
+from utils.experiments.run import REPO
 
 
 def copy_of_repository(target: Path, names: Iterable[str]) -> Path:

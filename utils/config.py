@@ -128,7 +128,12 @@ class RewardConfig:
             _require(value in known, f"reward.{name}", value, ", ".join(known))
 
 
-BASELINE_NAMES = ("none", "running_mean", "ema", "rloo")  # the classes are in utils/estimator.py
+BASELINE_NAMES = (
+    "none",
+    "running_mean",
+    "ema",
+    "rloo",
+)  # utils/reinforce/baselines.py
 
 
 @dataclass(frozen=True)

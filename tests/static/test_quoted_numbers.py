@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from utils.run import REPO
+from utils.experiments.run import REPO
 
 COMMENT = re.compile(r"<!-- from: ([^>]+) -->")
 # A decimal number or a percentage; a sign counts where nothing stands before it.

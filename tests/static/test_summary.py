@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from utils import published, summary
+from utils.experiments import published, summary
 from utils.files import read_json
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from utils.config import ModelConfig
-from utils.environment import quiet
+from utils.experiments.environment import quiet
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,7 +21,7 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny):
-    from utils.weights import load_tokenizer
+    from utils.models.weights import load_tokenizer
 
     return load_tokenizer(tiny)
 
@@ -29,7 +29,7 @@ def tokenizer(tiny):
 @pytest.fixture
 def exact(monkeypatch):
     """Load models on the CPU in fp32, so that equal means equal up to rounding."""
-    from utils import models
+    from utils.models import body as models
 
     monkeypatch.setattr(models, "compute_dtype", lambda where: torch.float32)
     monkeypatch.setattr(models, "device", lambda: torch.device("cpu"))

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from utils import models
-from utils.attention import REPEATED, attention_name
 from utils.config import ModelConfig
-from utils.models import load_policy
+from utils.models import body as models
+from utils.models.attention import REPEATED, attention_name
+from utils.models.body import load_policy
 
 ROWS, TIME = 4, 96
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from utils.calibration import (
+from utils.statistics.calibration import (
     entropy_against_error,
     expected_calibration_error,
     rating_calibration,

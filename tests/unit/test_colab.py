@@ -16,8 +16,8 @@ from IPython.core.inputtransformer2 import TransformerManager
 
 from utils import colab
 from utils.colab import ColabError
-from utils.publish import code_cells
-from utils.run import REPO
+from utils.experiments.publish import code_cells
+from utils.experiments.run import REPO
 
 
 class Pip:

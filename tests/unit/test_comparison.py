@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from utils.comparison import category_gains, gains_table
+from utils.experiments.comparison import category_gains, gains_table
 
 
 def evaluation(scalar, ordinal):

@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 
-from utils import train
 from utils.config import (
     PROFILES,
     ConfigError,
@@ -18,6 +17,7 @@ from utils.config import (
     known_fields,
     load_profile,
 )
+from utils.experiments import train
 
 
 @pytest.fixture(autouse=True)

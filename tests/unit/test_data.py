@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils import data as data_module
 from utils.config import DataConfig, load_profile
-from utils.data import (
+from utils.data import pairs as data_module
+from utils.data.pairs import (
     SPLITS,
     DataError,
     Group,
@@ -24,8 +24,8 @@ from utils.data import (
     pairs_frame,
     responses_frame,
 )
-from utils.pipeline import prepared_data
-from utils.weights import encode_prompt
+from utils.experiments.pipeline import prepared_data
+from utils.models.weights import encode_prompt
 
 
 @pytest.fixture(scope="module")

@@ -13,18 +13,18 @@ import pandas as pd
 import pytest
 import torch
 
-from utils.checkpoints import _all
 from utils.config import ConfigError
-from utils.distributed import processes
+from utils.experiments.train import parse_setting
 from utils.files import ROOT, read_json, read_jsonl
-from utils.train import parse_setting
+from utils.reinforce.checkpoints import _all
+from utils.reinforce.distributed import processes
 
 SETTINGS = ["reinforce.steps=4", "reinforce.prompts_per_step=6", "reinforce.max_kl=1e9"]
 SETTINGS += ["reinforce.learning_rate=0.003", "data.train_prompts=6", "data.test_prompts=2"]
 
 
 def run(root: Path, stage: str, *launcher: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m utils.train` in fp32, with its runs below `root`."""
+    """Run `python -m utils.experiments.train` in fp32, with its runs below `root`."""
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
     command = [*launcher, __file__, str(root), stage, "scalar", "--profile", "smoke", *settings]
     environment = {k: v for k, v in os.environ.items() if k != "REPORT_PROFILE"}
@@ -111,7 +111,7 @@ def test_one_process_speaks_and_writes(folders):
 def test_several_processes_do_not_train_a_reward_model(tmp_path):
     done = run(tmp_path, "align", *TWO)
     assert done.returncode != 0
-    assert "python -m utils.train reward scalar --profile smoke" in done.stderr
+    assert "python -m utils.experiments.train reward scalar --profile smoke" in done.stderr
 
 
 def test_a_setting_is_json_or_text():
@@ -123,7 +123,9 @@ def test_a_setting_is_json_or_text():
 
 
 def _worker() -> None:
-    from utils import models, results, train
+    from utils.experiments import storage as results
+    from utils.experiments import train
+    from utils.models import body as models
 
     models.compute_dtype = lambda where: torch.float32
     results.ROOT = Path(sys.argv[1])

@@ -7,13 +7,13 @@ import sys
 import pytest
 import torch
 
-from utils.environment import environment, peak_rss_gb
+from utils.experiments.environment import environment, peak_rss_gb
 
 
 def test_quiet_hides_the_known_messages_and_no_others():
     code = """
 import logging, warnings
-from utils.environment import quiet
+from utils.experiments.environment import quiet
 quiet()
 quiet()
 import bitsandbytes
@@ -45,7 +45,8 @@ def test_a_machine_without_git_is_no_crash(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_it_needs_no_module_that_windows_lacks():
-    code = "import psutil, sys, torch; sys.modules['resource'] = None; import utils.environment"
+    code = "import psutil, sys, torch; sys.modules['resource'] = None\n"
+    code += "import utils.experiments.environment"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 

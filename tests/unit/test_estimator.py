@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.bandit import train_bandit
 from utils.config import BASELINE_NAMES, ReinforceConfig
-from utils.estimator import BASELINES, NoBaseline, kl_regularised, reinforce_loss
+from utils.reinforce.bandit import train_bandit
+from utils.reinforce.baselines import BASELINES, NoBaseline, kl_regularised, reinforce_loss
 
 MEANS = torch.tensor([1.0, 0.2, 2.0, -0.5], dtype=torch.float64)  # reward of each arm
 THETA = torch.tensor([0.3, -0.2, 0.0, 0.8], dtype=torch.float64)

@@ -10,19 +10,20 @@ import pytest
 import torch
 from torch import nn
 
-from utils import models, rollout
-from utils.alignment import held_out_metrics
 from utils.config import PROFILES, EvaluationConfig
-from utils.data import Pair, Prompt, response_key
-from utils.evaluation import evaluate_policy, sequence_kl
+from utils.data.pairs import Pair, Prompt, response_key
+from utils.data.sources import Group, Response
+from utils.data.texts import distinct_n, distinct_of_words, repetition
+from utils.experiments.alignment import held_out_metrics
 from utils.files import write_jsonl
-from utils.intervals import clustered_interval
-from utils.pair_rows import pair_metrics
-from utils.policy_stats import compare
-from utils.reward_evaluation import scored_responses
-from utils.rollout import batched_logprobs, sample, sampling_noise
-from utils.sources import Group, Response
-from utils.texts import distinct_n, distinct_of_words, repetition
+from utils.models import body as models
+from utils.reinforce import sampling as rollout
+from utils.reinforce.evaluation import evaluate_policy, sequence_kl
+from utils.reinforce.sampling import batched_logprobs, sample, sampling_noise
+from utils.rewards.evaluation import scored_responses
+from utils.statistics.bootstrap import clustered_interval
+from utils.statistics.pairs import pair_metrics
+from utils.statistics.policy_stats import compare
 
 PROFILE = dataclasses.replace(
     PROFILES["smoke"], evaluation=EvaluationConfig(samples_per_prompt=2, batch_size=3)

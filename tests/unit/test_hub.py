@@ -49,7 +49,7 @@ class Scenarios:
 
     def data(self, scenario, **fields):
         from utils.config import DataConfig
-        from utils.data import load_data
+        from utils.data.pairs import load_data
 
         def call():
             scale = {"rating_low": 0.0, "rating_high": 4.0}
@@ -65,7 +65,7 @@ class Scenarios:
         self.run(scenario, call)
 
     def model(self, scenario, repository, revision=None):
-        from utils.hub import model_snapshot
+        from utils.data.hub import model_snapshot
 
         def call():
             folder = model_snapshot(repository, revision)
@@ -174,7 +174,7 @@ def in_process(home, stage, argument, **environment):
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory, tiny):
-    from utils.weights import weights_path
+    from utils.models.weights import weights_path
 
     home = tmp_path_factory.mktemp("home")
     first = in_process(home, "online", str(weights_path(tiny)))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.intervals import (
+from utils.statistics.bootstrap import (
     cluster_draws,
     clustered_interval,
     crossed_interval,

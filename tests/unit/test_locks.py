@@ -11,17 +11,17 @@ from contextlib import contextmanager
 import pytest
 from filelock import FileLock
 
-from utils import locks
+from utils.experiments import locks
+from utils.experiments.locks import FolderInUse, hold, release
+from utils.experiments.storage import Run, prepare
 from utils.files import ROOT
-from utils.locks import FolderInUse, hold, release
-from utils.results import Run, prepare
 
 CONFIG = {"seed": 0}
 HERE = platform.node()
 CHILD = """
 import sys, time
 from pathlib import Path
-from utils.results import Run, prepare
+from utils.experiments.storage import Run, prepare
 directory = Path(sys.argv[1])
 state = prepare(directory, {"seed": 0})
 Run(directory, {"seed": 0}, 0, "f" * 16)

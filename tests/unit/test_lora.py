@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import nn
 
-from utils.lora import MergedLoraLinear, merged_lora
+from utils.models.lora import MergedLoraLinear, merged_lora
 
 
 class Body(nn.Module):

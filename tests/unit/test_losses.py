@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from utils.losses import (
+from utils.rewards.losses import (
     CLASSES,
     bradley_terry_loss,
     expected_rating,

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from utils.memory import BatchSize, MemoryTooSmall
+from utils.models.memory import BatchSize, MemoryTooSmall
 
 MESSAGES = (
     "CUDA out of memory. Tried to allocate 2.00 GiB.",

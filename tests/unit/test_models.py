@@ -11,10 +11,17 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from utils import models, weights
 from utils.config import ModelConfig
-from utils.models import FloatHead, compute_dtype, load_policy, load_reward_base, memory_table
-from utils.weights import (
+from utils.models import body as models
+from utils.models.body import (
+    FloatHead,
+    compute_dtype,
+    load_policy,
+    load_reward_base,
+    memory_table,
+    weights,
+)
+from utils.models.weights import (
     ModelError,
     encode_dialogue,
     encode_prompt,

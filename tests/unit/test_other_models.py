@@ -10,12 +10,19 @@ from tokenizers.models import BPE
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from utils import architecture, models, weights
-from utils.architecture import check_config, try_model
 from utils.config import PROFILES, ModelConfig
-from utils.models import load_policy, load_reward_base
-from utils.rollout import choose_tokens, completion_logprobs, sample, sampling_noise
-from utils.weights import ModelError, encode_dialogue, encode_prompt, load_tokenizer, pad_right
+from utils.experiments import check as architecture
+from utils.experiments.check import check_config, try_model
+from utils.models import body as models
+from utils.models.body import load_policy, load_reward_base, weights
+from utils.models.weights import (
+    ModelError,
+    encode_dialogue,
+    encode_prompt,
+    load_tokenizer,
+    pad_right,
+)
+from utils.reinforce.sampling import choose_tokens, completion_logprobs, sample, sampling_noise
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -16,8 +16,8 @@ import pytest
 
 from tests.copied import copy_of_repository
 from utils.config import DataConfig
-from utils.data import PreferenceData, load_data
-from utils.run import REPO
+from utils.data.pairs import PreferenceData, load_data
+from utils.experiments.run import REPO
 
 pytestmark = pytest.mark.slow
 COPIED = ("README.md", "Makefile", "pyproject.toml", "requirements-lock.txt")

@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 import torch
 
-from utils import models, pipeline, results, reward_training, rewards, rollout
 from utils.config import load_profile
-from utils.files import read_json, read_jsonl
-from utils.pipeline import (
+from utils.experiments import pipeline
+from utils.experiments import storage as results
+from utils.experiments.pipeline import (
     align_run,
     align_stage,
     before_and_after,
@@ -17,8 +17,13 @@ from utils.pipeline import (
     reward_stage,
     sft_stage,
 )
-from utils.reward_training import GroupRewardTrainer
-from utils.weights import ModelError
+from utils.files import read_json, read_jsonl
+from utils.models import body as models
+from utils.models.weights import ModelError
+from utils.reinforce import sampling as rollout
+from utils.rewards import model as rewards
+from utils.rewards import training as reward_training
+from utils.rewards.training import GroupRewardTrainer
 
 CACHED = (prepared_data, reward_stage, sft_stage)
 MODULES = (models, rollout, rewards, reward_training)

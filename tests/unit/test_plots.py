@@ -15,8 +15,9 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from utils import plot_style, plots
 from utils.config import PROFILES
+from utils.plots import report as plots
+from utils.plots import style as plot_style
 
 SMOKE = PROFILES["smoke"]
 
@@ -87,7 +88,7 @@ def test_every_figure_is_tested():
 def test_the_saved_figure_is_the_one_that_is_shown(folder: Path):
     seen = []
     for _ in range(2):
-        shown = plots.save_figure(FIGURES["comparison_curves"](), SMOKE, "curves")
+        shown = plot_style.save_figure(FIGURES["comparison_curves"](), SMOKE, "curves")
         seen.append((folder / "figures/curves.png").read_bytes())
         assert shown.data == seen[-1]
     assert seen[0] == seen[1], "the same figure has other bytes"
@@ -97,9 +98,9 @@ def test_the_saved_figure_is_the_one_that_is_shown(folder: Path):
 
 def test_tables_keep_a_named_index_only(folder: Path):
     frame = pd.DataFrame({"policy": ["a"], "gain": [1 / 3]})
-    plots.save_table(frame, SMOKE, "gains")
+    plot_style.save_table(frame, SMOKE, "gains")
     assert (folder / "tables/gains.csv").read_text() == "policy,gain\na,0.333333\n"
-    plots.save_table(frame.set_index("policy"), SMOKE, "gains")
+    plot_style.save_table(frame.set_index("policy"), SMOKE, "gains")
     assert (folder / "tables/gains.csv").read_text() == "policy,gain\na,0.333333\n"
 
 
@@ -136,4 +137,4 @@ def test_expected_rating_and_spread():
 def test_an_interval_that_holds_zero_is_hollow():
     figure = FIGURES["paired_differences"]()
     faces = [x.get_markerfacecolor() for x in figure.axes[0].lines if x.get_marker() == "o"]
-    assert faces == ["white", plots.COLORS["align_ordinal"]]
+    assert faces == ["white", plot_style.COLORS["align_ordinal"]]

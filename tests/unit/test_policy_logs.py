@@ -5,10 +5,10 @@ import math
 import pandas as pd
 import pytest
 
-from utils import policy_logs
+from utils.arms.policies import ARMS, READOUTS, SETTINGS
 from utils.files import RESULTS, ResultsError, append_csv, write_json
-from utils.policy_arms import ARMS, READOUTS, SETTINGS
-from utils.policy_logs import (
+from utils.statistics import policy_logs
+from utils.statistics.policy_logs import (
     average_table,
     baseline_table,
     clipped_steps,
@@ -19,7 +19,7 @@ from utils.policy_logs import (
     training_logs,
     trial_table,
 )
-from utils.published_runs import seed_runs
+from utils.statistics.published_runs import seed_runs
 
 LIMIT = {"reinforce.max_grad_norm": 10.0}
 RUN = {"status": "finished", "seed": 0, "config": LIMIT, "data_fingerprint": "f" * 16, "seconds": 9}

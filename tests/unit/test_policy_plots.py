@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from utils import plot_style as look
-from utils import policy_plots
-from utils.policy_arms import ARMS
+from utils.arms.policies import ARMS
+from utils.plots import policies as policy_plots
+from utils.plots import style as look
 
 
 def metrics(shift: float = 0.0, steps: int = 16, start: float = 0.1) -> pd.DataFrame:

@@ -6,23 +6,23 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from utils import policy_report
 from utils.files import ResultsError, write_json, write_jsonl
-from utils.policy_length import (
+from utils.statistics import policy_report
+from utils.statistics.policy_length import (
     length_regression,
     length_table,
     level_table,
     matched_gains,
     regression_table,
 )
-from utils.policy_report import (
+from utils.statistics.policy_report import (
     best_of_n_table,
     policy_category_table,
     policy_table,
     seed_table,
     temperature_table,
 )
-from utils.policy_runs import (
+from utils.statistics.policy_runs import (
     arms_of,
     frame_of,
     policies_of,

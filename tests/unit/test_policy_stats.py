@@ -6,13 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from utils.intervals import crossed_interval
-from utils.policy_stats import (
-    outcomes,
-    paired_gains,
-    pick_weights,
-    prompt_means,
-)
+from utils.statistics.bootstrap import crossed_interval
+from utils.statistics.policy_stats import outcomes, paired_gains, pick_weights, prompt_means
 
 
 def frame(prompts, **columns):

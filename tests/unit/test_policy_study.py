@@ -11,14 +11,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
-from utils import comparison, pipeline, policy_arms, policy_stages, policy_study, published, results
-from utils.checkpoints import load_adapter
-from utils.config import PROFILES, flatten
-from utils.evaluation import evaluate_policy
-from utils.files import ResultsError, read_json, read_jsonl
-from utils.losses import CLASSES, KINDS, expected_rating
-from utils.pipeline import prepared_data, sft_stage
-from utils.policy_arms import (
+from utils.arms import policies as policy_arms
+from utils.arms.policies import (
     ARMS,
     AVERAGE_SCALES,
     SEEDS,
@@ -27,7 +21,15 @@ from utils.policy_arms import (
     PolicyArm,
     policy_profile,
 )
-from utils.readouts import READOUTS, rating_minus_spread
+from utils.config import PROFILES, flatten
+from utils.experiments import comparison, pipeline, policy_stages, policy_study, published
+from utils.experiments import storage as results
+from utils.experiments.pipeline import prepared_data, sft_stage
+from utils.files import ResultsError, read_json, read_jsonl
+from utils.reinforce.checkpoints import load_adapter
+from utils.reinforce.evaluation import evaluate_policy
+from utils.rewards.losses import CLASSES, KINDS, expected_rating, rating_minus_spread
+from utils.rewards.readouts import READOUTS
 
 LAZY = {"reinforce.learning_rate": 0.0}  # never leaves the SFT model
 SMALL = {

@@ -8,12 +8,12 @@ import pytest
 from scipy.stats import spearmanr
 
 from utils.config import DataConfig
-from utils.data import load_data
-from utils.perturbations import CLOSINGS, OPENINGS, first_half, repeat_end
-from utils.probes import PROBES, ProbePair, probe_pairs, run_probes
-from utils.reward_form import reward_and_form
-from utils.sources import Group, PreferenceData, Response
-from utils.texts import repetition
+from utils.data.pairs import load_data
+from utils.data.sources import Group, PreferenceData, Response
+from utils.data.texts import repetition
+from utils.statistics.perturbations import CLOSINGS, OPENINGS, first_half, repeat_end
+from utils.statistics.probes import PROBES, ProbePair, probe_pairs, run_probes
+from utils.statistics.reward_form import reward_and_form
 
 # Cut and repeated texts
 

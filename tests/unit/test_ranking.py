@@ -8,10 +8,10 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from utils.data import Group, Response
-from utils.intervals import clustered_interval, percentile_interval
-from utils.losses import CLASSES, expected_rating
-from utils.ranking import auc_draws, doubt_scores, error_predictors, pick_of_n
+from utils.data.pairs import Group, Response
+from utils.rewards.losses import CLASSES, expected_rating
+from utils.statistics.bootstrap import clustered_interval, percentile_interval
+from utils.statistics.ranking import auc_draws, doubt_scores, error_predictors, pick_of_n
 
 TURNS = ({"role": "user", "content": "?"},)
 

@@ -9,10 +9,12 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from utils import plot_style as look
+from utils.data.sources import DataError
 from utils.files import RESULTS
-from utils.policy_runs import policy_frames
-from utils.readings import (
+from utils.plots import style as look
+from utils.plots.readings import readings_figure, with_intervals
+from utils.statistics.policy_runs import policy_frames
+from utils.statistics.readings import (
     SORTS,
     agreement_table,
     echo_table,
@@ -20,8 +22,6 @@ from utils.readings import (
     policy_readings,
     rated_answers,
 )
-from utils.readings_plots import readings_figure, with_intervals
-from utils.sources import DataError
 
 SAMPLES = 200
 PROMPTS = ("p2", "p0", "p1", "p3")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from utils.losses import CLASSES
-from utils.readouts import PolicyReward, rating_minus_spread
+from utils.rewards.losses import CLASSES, rating_minus_spread
+from utils.rewards.readouts import PolicyReward
 
 COLOUR = ({"role": "user", "content": "Name a colour."},)
 

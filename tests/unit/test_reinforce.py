@@ -21,17 +21,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from utils import checkpoints as checkpoint_files
-from utils import models, reinforce, rollout, update
-from utils.checkpoints import last_checkpoint, load_adapter
 from utils.config import ModelConfig, ReinforceConfig
-from utils.data import Prompt
+from utils.data.pairs import Prompt
+from utils.data.texts import distinct_n
+from utils.experiments.storage import Run
 from utils.files import RESULTS, ROOT, ResultsError, read_jsonl
-from utils.reinforce import COLUMNS, TrainingStopped, step_prompts, train_policy
-from utils.results import Run
-from utils.texts import distinct_n
-from utils.update import PolicyUpdate
-from utils.weights import load_tokenizer
+from utils.models import body as models
+from utils.models.weights import load_tokenizer
+from utils.reinforce import checkpoints as checkpoint_files
+from utils.reinforce import loop as reinforce
+from utils.reinforce import sampling as rollout
+from utils.reinforce.checkpoints import last_checkpoint, load_adapter
+from utils.reinforce.loop import COLUMNS, TrainingStopped, step_prompts, train_policy, update
+from utils.reinforce.update import PolicyUpdate
 
 TINY = ModelConfig(name="tiny-random")
 CONFIG = ReinforceConfig(

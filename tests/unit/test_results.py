@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from utils.experiments.storage import Run, prepare
 from utils.files import (
     ResultsError,
     atomic_write,
@@ -17,7 +18,6 @@ from utils.files import (
     write_json,
     write_jsonl,
 )
-from utils.results import Run, prepare
 
 CONFIG = {"seed": 0, "reward.epochs": 1.0}
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from utils.config import REWARD_CHOICES, ConfigError, RewardConfig
-from utils.losses import (
+from utils.rewards.batch_loss import loss_totals, reward_loss
+from utils.rewards.losses import (
     CLASSES,
     bradley_terry_loss,
     outcome_probabilities,
@@ -24,7 +25,6 @@ from utils.losses import (
     soft_targets,
     ties_half_loss,
 )
-from utils.reward_losses import loss_totals, reward_loss
 
 ONE = torch.zeros(2, dtype=torch.long)
 REWARD = st.floats(-5, 5, width=32)

@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
-from utils import plot_style as look
-from utils import reward_plots
+from utils.plots import rewards as reward_plots
+from utils.plots import style as look
 
 
 def curve(shift: float = 0.0) -> pd.DataFrame:

@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from utils.data.sources import Group, PreferenceData, Response
 from utils.files import ResultsError, append_csv, write_json, write_jsonl
-from utils.losses import KINDS
-from utils.reward_report import (
+from utils.rewards.losses import KINDS
+from utils.statistics.reward_report import (
     accuracy_table,
     category_table,
     difference_table,
@@ -16,8 +17,7 @@ from utils.reward_report import (
     learning_curve_table,
     versus_rules,
 )
-from utils.reward_runs import pair_frame, study_runs
-from utils.sources import Group, PreferenceData, Response
+from utils.statistics.reward_runs import pair_frame, study_runs
 
 SAMPLES = 400
 
@@ -208,7 +208,7 @@ def test_calibration_error_is_the_mean_of_the_seeds(results, monkeypatch):
         calls.append((p.tolist(), bins))
         return len(calls)
 
-    monkeypatch.setattr("utils.reward_report.expected_calibration_error", error)
+    monkeypatch.setattr("utils.statistics.reward_report.expected_calibration_error", error)
     row = accuracy_table(results, ["margin"], PAIRS, SAMPLES).loc[0]
     assert row["ece"] == 1.5
     np.testing.assert_allclose([call[0] for call in calls], 1 / (1 + np.exp(-GAPS)), rtol=1e-5)

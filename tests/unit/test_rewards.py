@@ -16,16 +16,19 @@ from hypothesis import strategies as st
 from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
-from utils import models, reward_trainer, reward_training, rewards
 from utils.config import PROFILES, RewardConfig
-from utils.data import Group, Response
+from utils.data.pairs import Group, Response
+from utils.experiments.storage import Run
 from utils.files import ResultsError
-from utils.losses import expected_rating, reward_from_logits
-from utils.results import Run
-from utils.reward_trainer import GroupCollator, GroupRewardTrainer, pair_set, training_set
-from utils.reward_training import train_reward_model
-from utils.rewards import RewardModel
-from utils.weights import ModelError
+from utils.models import body as models
+from utils.models.weights import ModelError
+from utils.rewards import model as rewards
+from utils.rewards import trainer as reward_trainer
+from utils.rewards import training as reward_training
+from utils.rewards.losses import expected_rating, reward_from_logits
+from utils.rewards.model import RewardModel
+from utils.rewards.trainer import GroupCollator, GroupRewardTrainer, pair_set, training_set
+from utils.rewards.training import train_reward_model
 
 PROMPT = ({"role": "user", "content": "Name a colour."},)
 REWARD = RewardConfig(

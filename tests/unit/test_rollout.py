@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from utils import models, rollout
 from utils.config import ModelConfig
-from utils.rollout import (
+from utils.models import body as models
+from utils.reinforce import sampling as rollout
+from utils.reinforce.sampling import (
     batched_logprobs,
     choose_tokens,
     completion_logprobs,

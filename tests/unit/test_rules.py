@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from utils import rules
 from utils.config import DataConfig
-from utils.data import DataError, Group, Pair, PreferenceData, Response, load_data
-from utils.rules import (
+from utils.data.pairs import DataError, Group, Pair, PreferenceData, Response, load_data
+from utils.statistics import rules
+from utils.statistics.rules import (
     RULES,
     TEXT_RULES,
     BagOfWords,

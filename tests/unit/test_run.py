@@ -12,9 +12,9 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from utils.experiments.publish import LARGE, code_hash, copy_run, publish, save_notebook
+from utils.experiments.run import REPO, main
 from utils.files import read_jsonl, write_jsonl
-from utils.publish import LARGE, code_hash, copy_run, publish, save_notebook
-from utils.run import REPO, main
 
 TWO_PLUS_TWO = "print('[demo] step 1/2')\nprint('quiet')\n2 + 2"
 
@@ -106,7 +106,7 @@ def test_an_interrupt_reaches_the_cell(tmp_path: Path):
         "print('not reached')",
     )
     code = (
-        "import sys, pathlib; from utils.run import main; "
+        "import sys, pathlib; from utils.experiments.run import main; "
         "sys.exit(main(['--profile', 'smoke'], root=pathlib.Path(sys.argv[1])))"
     )
     done = subprocess.run(

@@ -9,13 +9,13 @@ import pandas as pd
 import pytest
 import torch
 
-from utils import judge, published, study
+from utils.arms.rewards import ARMS, HEADLINE_SEEDS, arm_profile
 from utils.config import PROFILES, RewardConfig, load_profile
-from utils.ensemble import FOLDS, Judge, Member, judge_folds, prompt_key
+from utils.experiments import judge, published, study
+from utils.experiments.judge import member_data
+from utils.experiments.pipeline import prepared_data
 from utils.files import ResultsError
-from utils.judge import member_data
-from utils.pipeline import prepared_data
-from utils.reward_arms import ARMS, HEADLINE_SEEDS, arm_profile
+from utils.rewards.ensemble import FOLDS, Judge, Member, judge_folds, prompt_key
 
 ASK = [{"role": "user", "content": "Name a colour."}]
 
@@ -27,7 +27,7 @@ def small(monkeypatch, tmp_path):
         monkeypatch.setattr(
             module, "arm_profile", lambda name, seed: load_profile("smoke", {}, seed)
         )
-    monkeypatch.setattr("utils.pipeline.runs_dir", lambda profile: tmp_path / "runs")
+    monkeypatch.setattr("utils.experiments.pipeline.runs_dir", lambda profile: tmp_path / "runs")
     monkeypatch.setattr(published, "runs_dir", lambda profile: tmp_path / "runs")
     monkeypatch.setattr(published, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(published, "MODELS", tmp_path / "results" / "models")
@@ -177,7 +177,7 @@ def test_what_is_not_trained_yet_is_not_published(small, capsys):
 def test_all_weights_are_trained_without_adapters(small, exact):
     changes = {"model.quantization": "none", "reward.lora_r": 0}
     profile = load_profile("smoke", changes)
-    from utils.rewards import RewardModel
+    from utils.rewards.model import RewardModel
 
     model = RewardModel.fresh("scalar", profile).model
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -188,8 +188,8 @@ def test_all_weights_are_trained_without_adapters(small, exact):
 
 
 def test_weights_in_four_bits_cannot_be_trained_in_full():
-    from utils.rewards import RewardModel
-    from utils.weights import ModelError
+    from utils.models.weights import ModelError
+    from utils.rewards.model import RewardModel
 
     with pytest.raises(ModelError, match=r"reward\.lora_r = 0.*quantization"):
         RewardModel.fresh("scalar", load_profile("smoke", {"reward.lora_r": 0}))

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from utils import models, rollout, update
 from utils.config import ReinforceConfig
-from utils.memory import BatchSize, MemoryTooSmall
-from utils.rollout import Rollout, batched_logprobs, sample, sampling_noise
-from utils.update import OVERFLOWS, PolicyUpdate
+from utils.models import body as models
+from utils.models.memory import BatchSize, MemoryTooSmall
+from utils.reinforce import sampling as rollout
+from utils.reinforce import update
+from utils.reinforce.sampling import Rollout, batched_logprobs, sample, sampling_noise
+from utils.reinforce.update import OVERFLOWS, PolicyUpdate
 
 CONFIG = ReinforceConfig(temperature=1.0, lora_r=4, micro_batch=4, max_grad_norm=1e9)
 ADVANTAGES = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0])

@@ -11,9 +11,9 @@ import pytest
 import torch
 from IPython.display import HTML
 
-from utils import widgets
-from utils.data import Prompt
-from utils.rollout import Rollout
+from utils.data.pairs import Prompt
+from utils.plots import widgets
+from utils.reinforce.sampling import Rollout
 
 mpl.use("Agg")
 

@@ -1,0 +1,1 @@
+"""Rated responses: sources, checks, pairs."""

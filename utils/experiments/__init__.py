@@ -1,0 +1,1 @@
+"""What is run: stages, studies, notebooks, published models."""

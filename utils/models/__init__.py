@@ -1,0 +1,1 @@
+"""The 4-bit body, its adapters, tokens and memory."""

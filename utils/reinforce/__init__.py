@@ -1,0 +1,1 @@
+"""REINFORCE: the loop, baselines, sampling, checkpoints. Read `loop` first."""

@@ -1,0 +1,1 @@
+"""Reward models: losses, training, scoring, the held-out ensemble."""

@@ -1,0 +1,1 @@
+"""From rows of finished runs to tables; no model is run."""
