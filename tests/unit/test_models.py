@@ -13,13 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from utils.config import ModelConfig
 from utils.models import body as models
+from utils.models import weights
 from utils.models.body import (
     FloatHead,
     compute_dtype,
     load_policy,
     load_reward_base,
     memory_table,
-    weights,
 )
 from utils.models.weights import (
     ModelError,

@@ -14,7 +14,8 @@ from utils.config import PROFILES, ModelConfig
 from utils.experiments import check as architecture
 from utils.experiments.check import check_config, try_model
 from utils.models import body as models
-from utils.models.body import load_policy, load_reward_base, weights
+from utils.models import weights
+from utils.models.body import load_policy, load_reward_base
 from utils.models.weights import (
     ModelError,
     encode_dialogue,
