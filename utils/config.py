@@ -16,9 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.files import (
-    ROOT,
-)
+from utils.files import ROOT
 
 
 class ConfigError(ValueError):
@@ -128,12 +126,7 @@ class RewardConfig:
             _require(value in known, f"reward.{name}", value, ", ".join(known))
 
 
-BASELINE_NAMES = (
-    "none",
-    "running_mean",
-    "ema",
-    "rloo",
-)  # utils/reinforce/baselines.py
+BASELINE_NAMES = ("none", "running_mean", "ema", "rloo")  # utils/reinforce/baselines.py
 
 
 @dataclass(frozen=True)
@@ -203,6 +196,10 @@ class Profile:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
+# They shape no artefact: how an interval is drawn, and how often a run is saved.
+UNHASHED = ("evaluation.bootstrap_samples", "reward.save_steps", "reinforce.save_steps")
+
+
 def known_fields(config: Any, prefix: str = "") -> list[str]:
     """Return the dotted names of all fields of a (nested) dataclass."""
     names = []
@@ -224,8 +221,18 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def config_hash(fields: Mapping[str, Any]) -> str:
-    """Return the first 16 hex digits of the SHA-256 of the sorted JSON form of `fields`."""
-    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    """Return the first 16 hex digits of the SHA-256 of what shapes an artefact, as sorted JSON.
+
+    These are the fields that differ from their default, so that a new option at its default changes
+    no old hash; without those in `UNHASHED`.
+    """
+    defaults = flatten(Profile(name=""))
+    shaping = {
+        name: value
+        for name, value in fields.items()
+        if name not in UNHASHED and not (name in defaults and value == defaults[name])
+    }
+    text = json.dumps(shaping, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from utils.config import (
     PROFILES,
+    UNHASHED,
     ConfigError,
     DataConfig,
     Profile,
@@ -109,7 +110,15 @@ def test_the_hash_is_stable_and_sensitive():
     assert config_hash(fields) == config_hash(reordered)
     assert config_hash({"a": 1}) == "015abd7f5cc57a2d"  # the same on every machine and release
     for name, value in fields.items():
-        assert config_hash(fields) != config_hash({**fields, name: f"not {value}"}), name
+        changed = config_hash({**fields, name: f"not {value}"})
+        assert (changed == config_hash(fields)) == (name in UNHASHED), name
+
+
+def test_a_new_option_at_its_default_changes_no_old_hash():
+    fields = flatten(PROFILES["quick"])
+    old = {name: value for name, value in fields.items() if name != "reinforce.ema_decay"}
+    assert config_hash(old) == config_hash(fields)
+    assert config_hash(old) != config_hash({**old, "reinforce.ema_decay": 0.5})
 
 
 def test_every_field_is_flattened_once():

@@ -103,5 +103,5 @@ def _train(stage: str, arm: PolicyArm, profile: Profile) -> Run:
 
 def _config(arm: PolicyArm, profile: Profile) -> dict[str, Any]:
     facts = {"reward": arm.reward, "readout": arm.readout}
-    models = published_sums((arm.reward, "judge"))
+    models = published_sums((arm.reward,))  # the judge only watches
     return stage_config(profile, POLICY_FIELDS, models=models, **facts)
