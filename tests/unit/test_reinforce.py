@@ -31,8 +31,9 @@ from utils.models.weights import load_tokenizer
 from utils.reinforce import checkpoints as checkpoint_files
 from utils.reinforce import loop as reinforce
 from utils.reinforce import sampling as rollout
+from utils.reinforce import update
 from utils.reinforce.checkpoints import last_checkpoint, load_adapter
-from utils.reinforce.loop import COLUMNS, TrainingStopped, step_prompts, train_policy, update
+from utils.reinforce.loop import COLUMNS, TrainingStopped, step_prompts, train_policy
 from utils.reinforce.update import PolicyUpdate
 
 TINY = ModelConfig(name="tiny-random")
