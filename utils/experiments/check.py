@@ -65,9 +65,10 @@ def try_model(config: ModelConfig, first_layer: int) -> None:
     except (ModelError, MemoryTooSmall, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ModelError(
             f"model.name = {config.name!r} failed in a first try of sampling, training and "
-            f"scoring: {type(error).__name__}: {error}; {ADVICE}"
+            f"scoring: {reason}; {ADVICE}"
         ) from error
 
 

@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     stages = ("trials", *ARMS, "tests")
     wanted = parser.parse_args(arguments).stages or stages
-    known = (*study.ARMS, *stages)
+    known = (*stages, *study.ARMS)
     if unknown := [entry for entry in wanted if entry.partition(":")[0] not in known]:
         parser.error(f"unknown: {', '.join(unknown)}; there are: {', '.join(known)}")
     quiet()
