@@ -194,6 +194,7 @@ def test_finished_policies_are_reused_until_a_reward_model_changes(world, monkey
     with pytest.raises(AssertionError, match="trained again"):
         policy_stages.policy_stage("scalar", 0)
     aside = next(world.runs.glob("policies/scalar/seed0@*"))
+    assert (aside / "test" / "run.json").exists(), "an evaluation goes with its policy"
     new = world.runs / "policies/scalar/seed0"
     assert json.loads((new / "run.json").read_text())["config"]["models"]["scalar"] == ["ee"]
     (new / "run.json").unlink()
