@@ -19,6 +19,8 @@ import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"  # what is published
+# The folders of runs below runs/<profile> and results/<profile>.
+SORTS = ("reward_models", "ensemble", "policies", "controls", "sweeps")
 ABANDONED = 3600.0  # seconds after which what a kill left half written is removed
 
 
@@ -80,6 +82,12 @@ def read_json(path: Path) -> Any:
         raise ResultsError(f"{shown} is cut short or damaged: {error}") from error
 
 
+def run_label(directory: Path) -> str:
+    """Return a run's path below runs/<profile> or results/<profile>; elsewhere its name."""
+    parts = directory.parts
+    return "/".join(parts[next((i for i, part in enumerate(parts) if part in SORTS), -1) :])
+
+
 class RunFolder:
     """A run as it lies on disk: what tables are made from.
 
@@ -92,6 +100,11 @@ class RunFolder:
         self.directory = directory
         self.info: dict[str, Any] = read_json(directory / "run.json")
 
+    @property
+    def label(self) -> str:
+        """Return what messages call the run, see `run_label`."""
+        return run_label(self.directory)
+
     def metrics(self) -> pd.DataFrame:
         """Return `metrics.csv`, one row per step."""
         return pd.read_csv(self.directory / "metrics.csv")
@@ -102,9 +115,14 @@ class RunLog(Protocol):
 
     Attributes:
         directory: where checkpoints go.
+        label: what messages call the run.
     """
 
     directory: Path
+
+    @property
+    def label(self) -> str:
+        """Return what messages call the run."""
 
     def log(self, row: Mapping[str, float | int | None]) -> None:
         """Append a row to the log."""

@@ -229,7 +229,7 @@ def test_the_notebooks_on_one_machine(machine: Machine):
     assert (machine.clone / "runs").resolve() == machine.drive.resolve()
     profile = machine.drive / "smoke"
     assert {path.name[:2] for path in profile.glob("figures/*.png")} >= {"01", "02", "06"}
-    assert list(profile.glob("*/run.json"))
+    assert list(profile.rglob("run.json"))
     assert git("log", "--oneline", folder=machine.clone).count("\n") == 1
     assert not git("status", "-s", folder=machine.clone), "the link to Drive makes the clone dirty"
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import nbformat
@@ -74,8 +75,8 @@ def test_all_notebooks_run_on_the_set_and_the_model_of_the_hub(done: Path):
 
 
 def test_the_stages_are_those_of_the_profile(done: Path):
-    for stage in ("reward_scalar", "reward_ordinal", "align_scalar", "align_ordinal"):
-        info = read_json(done / "runs/hub" / stage / "run.json")
+    for stage in product(("reward_models", "policies"), ("scalar", "ordinal")):
+        info = read_json((done / "runs/hub").joinpath(*stage, "seed0", "run.json"))
         assert info["status"] == "finished"
         assert info["config"]["data.source"] == "hub"
         assert info["config"]["model.name"] == "HuggingFaceTB/SmolLM2-135M-Instruct"

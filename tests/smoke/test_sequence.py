@@ -103,8 +103,8 @@ def test_figures_and_runs_are_written(copy: Path, first: subprocess.CompletedPro
     folder = copy / "runs" / "smoke"
     figures = {path.stem for path in (folder / "figures").glob("*.png")}
     assert len(figures) >= 6, f"{sorted(figures)}: at least one for each notebook"
-    assert list(folder.glob("*/run.json"))
-    assert list(folder.glob("*/metrics.csv"))
+    assert list(folder.rglob("run.json"))
+    assert list(folder.rglob("metrics.csv"))
     assert (folder / "cost.json").exists()
 
 

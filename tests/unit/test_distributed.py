@@ -59,7 +59,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_the_rows_are_those_of_one_process(folders):
     one, two = (
-        pd.read_csv(root / "runs/smoke/align_scalar/metrics.csv") for root in folders.values()
+        pd.read_csv(root / "runs/smoke/policies/scalar/seed0/metrics.csv")
+        for root in folders.values()
     )
     assert list(two["step"]) == [0, 1, 2, 3, 4], "one row a step, written by one process"
     assert two["kl"].max() > 1e-4, "the policy did not move"
@@ -69,7 +70,7 @@ def test_the_rows_are_those_of_one_process(folders):
 
 
 def test_the_baseline_is_that_of_all_rows(folders):
-    rows = pd.read_csv(folders["two"] / "runs/smoke/align_scalar/metrics.csv")[1:]
+    rows = pd.read_csv(folders["two"] / "runs/smoke/policies/scalar/seed0/metrics.csv")[1:]
     expected = rows["objective"].expanding().mean().shift(fill_value=0.0)
     torch.testing.assert_close(
         torch.tensor(rows["baseline"].to_numpy()),
@@ -81,7 +82,7 @@ def test_the_baseline_is_that_of_all_rows(folders):
 
 def test_the_policies_are_the_same(folders):
     one, two = (
-        torch.load(_all(root / "runs/smoke/align_scalar")[-1], weights_only=True)
+        torch.load(_all(root / "runs/smoke/policies/scalar/seed0")[-1], weights_only=True)
         for root in folders.values()
     )
     assert one["step"] == two["step"] == 4
@@ -96,14 +97,15 @@ def test_there_were_two(folders):
 
 def test_one_process_speaks_and_writes(folders):
     root = folders["two"]
-    info = read_json(root / "runs/smoke/align_scalar/run.json")
+    info = read_json(root / "runs/smoke/policies/scalar/seed0/run.json")
     assert info["status"] == "finished"
     lines = Counter((root / "stdout").read_text().splitlines())
     assert {line.split()[1]: n for line, n in lines.items() if line.startswith("step ")} == {
         str(step): 1 for step in range(1, 5)
     }
     samples = [
-        read_jsonl(r / "runs/smoke/sft_training_prompts/samples.jsonl") for r in folders.values()
+        read_jsonl(r / "runs/smoke/controls/sft_training_prompts/samples.jsonl")
+        for r in folders.values()
     ]
     assert samples[0] == samples[1]
 
@@ -123,15 +125,15 @@ def test_a_setting_is_json_or_text():
 
 
 def _worker() -> None:
-    from utils.experiments import storage as results
+    from utils import config
     from utils.experiments import train
     from utils.models import body as models
 
     models.compute_dtype = lambda where: torch.float32
-    results.ROOT = Path(sys.argv[1])
+    config.ROOT = Path(sys.argv[1])
     torch.set_num_threads(1)
     train.main(sys.argv[2:])
-    (results.ROOT / "world").write_text(str(processes().num_processes))
+    (config.ROOT / "world").write_text(str(processes().num_processes))
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def test_one_process_may_open_a_stage_twice_and_gives_it_back_at_the_end(tmp_pat
     run.finish()
     assert directory not in locks._held
     assert [path.name for path in (tmp_path / ".locks").iterdir()] == ["align_scalar.lock"]
-    with other_process(tmp_path / "align_scalar_again"):
+    with other_process(directory / "test"):
         assert prepare(directory, CONFIG) == "reuse", "runs do not share a lock"
 
 

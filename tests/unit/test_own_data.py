@@ -133,8 +133,11 @@ def test_the_run_is_of_this_data(copy: Path, outputs: dict[str, str], data: Pref
         ratings = [response.rating for group in groups for response in group.responses]
         assert counts.loc[split, "responses"] == len(ratings)
         assert counts.loc[split, "mean_rating"] == pytest.approx(sum(ratings) / len(ratings), 1e-4)
-    runs = {path.parent.name for path in copy.glob("runs/mine/*/run.json")}
-    assert runs >= {"reward_scalar", "reward_ordinal", "align_scalar", "align_ordinal", "test_sft"}
+    folder = copy / "runs" / "mine"
+    runs = {path.parent.relative_to(folder).as_posix() for path in folder.rglob("run.json")}
+    for kind in ("scalar", "ordinal"):
+        assert runs >= {f"{sort}/{kind}/seed0" for sort in ("reward_models", "policies")}
+    assert "controls/sft/test" in runs
     assert (copy / "runs/mine/figures/06_curves.png").exists()
     published = [{path.name for path in (root / "results").iterdir()} for root in (copy, REPO)]
     assert published[0] == published[1], "nothing of one's own data is published"

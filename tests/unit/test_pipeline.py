@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 import torch
 
+from utils import config
 from utils.config import load_profile
 from utils.experiments import pipeline
-from utils.experiments import storage as results
 from utils.experiments.pipeline import (
     align_run,
     align_stage,
@@ -61,7 +61,7 @@ def built(tmp_path_factory):
     root = tmp_path_factory.mktemp("built")
     forget()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, "ROOT", root)
+        patch.setattr(config, "ROOT", root)
         align_stage("scalar", profile())
     return root
 
@@ -70,7 +70,7 @@ def built(tmp_path_factory):
 def folder(built, tmp_path, monkeypatch):
     """A copy of it, as a new process finds it."""
     shutil.copytree(built / "runs", tmp_path / "runs")
-    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(config, "ROOT", tmp_path)
     forget()
     return tmp_path / "runs" / "smoke"
 
@@ -78,7 +78,7 @@ def folder(built, tmp_path, monkeypatch):
 @pytest.fixture
 def untrained(folder, monkeypatch):
     """The same without the aligned policy."""
-    shutil.rmtree(folder / "align_scalar")
+    shutil.rmtree(folder / "policies/scalar/seed0")
     return folder
 
 
@@ -89,26 +89,31 @@ def forbid(monkeypatch, *names):
 
 def test_the_last_stage_makes_those_before_it(built):
     folder = built / "runs" / "smoke"
-    stages = {"reward_scalar", "sft_training_prompts", "align_scalar"}
-    assert {path.name for path in folder.glob("[!.]*")} == stages
+    stages = {
+        "reward_models/scalar/seed0",
+        "controls/sft_training_prompts",
+        "policies/scalar/seed0",
+    }
+    runs = {path.parent.relative_to(folder).as_posix() for path in folder.rglob("run.json")}
+    assert runs == stages
     infos = {name: read_json(folder / name / "run.json") for name in stages}
     assert {info["status"] for info in infos.values()} == {"finished"}
-    assert {"accuracy", "nll"} <= set(infos["reward_scalar"]["metrics"])
-    assert infos["align_scalar"]["reward_std"] > 0
-    assert 0 <= infos["align_scalar"]["clipped_steps"] <= 1
-    assert len(pd.read_csv(folder / "align_scalar" / "metrics.csv")) == 4
+    assert {"accuracy", "nll"} <= set(infos["reward_models/scalar/seed0"]["metrics"])
+    assert infos["policies/scalar/seed0"]["reward_std"] > 0
+    assert 0 <= infos["policies/scalar/seed0"]["clipped_steps"] <= 1
+    assert len(pd.read_csv(folder / "policies/scalar/seed0" / "metrics.csv")) == 4
 
 
 def test_the_reward_is_in_sft_standard_deviations(folder):
     reward_model, _ = reward_stage("scalar", profile())
-    rows = read_jsonl(folder / "sft_training_prompts" / "samples.jsonl")
+    rows = read_jsonl(folder / "controls/sft_training_prompts" / "samples.jsonl")
     messages = {p.id: p.messages for p in prepared_data(profile()).prompts("train")}
     values = reward_model.score(
         [messages[row["prompt_id"]] for row in rows],
         [row["response"] for row in rows],
         [row["finished"] for row in rows],
     )
-    info = read_json(folder / "align_scalar" / "run.json")
+    info = read_json(folder / "policies/scalar/seed0" / "run.json")
     assert info["reward_mean"] == pytest.approx(values.mean().item(), rel=1e-4)
     assert info["reward_std"] == pytest.approx(values.std().item(), rel=1e-4)
 
@@ -142,7 +147,11 @@ def test_finished_stages_are_reused(folder, monkeypatch, capsys):
     reward_stage("scalar", profile())
     sft_stage(profile())
     lines = capsys.readouterr().out.splitlines()
-    for name in ("align_scalar", "reward_scalar", "sft_training_prompts"):
+    for name in (
+        "policies/scalar/seed0",
+        "reward_models/scalar/seed0",
+        "controls/sft_training_prompts",
+    ):
         (line,) = [line for line in lines if line.startswith(f"[{name}] ")]
         assert line.startswith(f"[{name}] reuse: finished ")
     factors = [p for name, p in policy.named_parameters() if "lora_B" in name]
@@ -165,19 +174,20 @@ def test_a_reused_reward_model_scores_as_the_trained_one(untrained, tmp_path):
     [
         ({"reward__lora_r": 2}, "reward.lora_r: was 4, now 2"),
         ({"reward__learning_rate": 1e-3}, "reward.learning_rate: was 0.0003, now 0.001"),
-        ({"seed": 1}, "seed: was 0, now 1"),
         ({"data__test_prompts": 3}, "data.test_prompts: was 2, now 3"),
     ],
 )
 def test_a_field_that_shapes_a_stage_rebuilds_it(untrained, capsys, change, line):
-    before = (untrained / "reward_scalar" / "run.json").read_bytes()
+    before = (untrained / "reward_models/scalar/seed0" / "run.json").read_bytes()
     reward_stage("scalar", profile(**change))
     out = capsys.readouterr().out
-    assert f"[reward_scalar] {line}\n" in out
-    assert "[reward_scalar] the configuration differs: kept aside, starting anew\n" in out
-    (aside,) = untrained.glob("reward_scalar@*")
+    assert f"[reward_models/scalar/seed0] {line}\n" in out
+    assert (
+        "[reward_models/scalar/seed0] the configuration differs: kept aside, starting anew\n" in out
+    )
+    (aside,) = untrained.glob("reward_models/scalar/seed0@*")
     assert (aside / "run.json").read_bytes() == before, "nothing is lost"
-    assert read_json(untrained / "reward_scalar" / "run.json")["status"] == "finished"
+    assert read_json(untrained / "reward_models/scalar/seed0" / "run.json")["status"] == "finished"
 
 
 @pytest.mark.parametrize(
@@ -187,14 +197,15 @@ def test_a_field_that_shapes_a_stage_rebuilds_it(untrained, capsys, change, line
 def test_a_field_that_does_not_shape_a_stage_leaves_it(folder, monkeypatch, capsys, change):
     forbid(monkeypatch, "train_reward_model")
     reward_stage("scalar", profile(**change))
-    assert capsys.readouterr().out.startswith("[reward_scalar] reuse: ")
+    assert capsys.readouterr().out.startswith("[reward_models/scalar/seed0] reuse: ")
 
 
-def test_the_kinds_have_stages_of_their_own(folder, capsys):
-    _, run = reward_stage("ordinal", profile())
-    assert run.directory == folder / "reward_ordinal"
+@pytest.mark.parametrize(("kind", "seed"), [("ordinal", 0), ("scalar", 1)])
+def test_kinds_and_seeds_have_stages_of_their_own(folder, capsys, kind, seed):
+    _, run = reward_stage(kind, profile(seed=seed))
+    assert run.directory == folder / "reward_models" / kind / f"seed{seed}"
     assert "reuse" not in capsys.readouterr().out
-    assert (folder / "reward_scalar" / "run.json").exists()
+    assert (folder / "reward_models/scalar/seed0" / "run.json").exists()
 
 
 def test_a_model_that_fails_its_first_try_is_not_trained(folder, monkeypatch):
@@ -218,20 +229,20 @@ def test_an_interrupted_alignment_is_continued(built, untrained, capsys, step):
 
     with pytest.raises(KeyboardInterrupt):
         align_stage("scalar", profile(), monitor)
-    assert read_json(untrained / "align_scalar" / "run.json")["status"] != "finished"
+    assert read_json(untrained / "policies/scalar/seed0" / "run.json")["status"] != "finished"
     capsys.readouterr()
     forget()
     align_stage("scalar", profile(), monitor)
     out = capsys.readouterr().out
-    assert "[align_scalar] unfinished: going on from its last checkpoint\n" in out
-    assert f"[align_scalar] goes on after step {step}\n" in out
+    assert "[policies/scalar/seed0] unfinished: going on from its last checkpoint\n" in out
+    assert f"[policies/scalar/seed0] goes on after step {step}\n" in out
     assert seen == [1, 2, 3], "no step was made twice"
     found, whole = (
-        pd.read_csv(path / "align_scalar" / "metrics.csv").drop(columns="seconds")
+        pd.read_csv(path / "policies/scalar/seed0" / "metrics.csv").drop(columns="seconds")
         for path in (untrained, built / "runs" / "smoke")
     )
     assert found.equals(whole), "a continued run differs from an unbroken one"
-    assert read_json(untrained / "align_scalar" / "run.json")["status"] == "finished"
+    assert read_json(untrained / "policies/scalar/seed0" / "run.json")["status"] == "finished"
 
 
 def test_before_and_after(folder):

@@ -40,7 +40,7 @@ def curve(rewards, judges, **columns):
 
 
 def write_run(results, name, log=None, **changes):
-    folder = results / f"cpu-{name}"
+    folder = results / "cpu" / name
     write_json(folder / "run.json", RUN | changes)
     for row in (curve([0.0], [0.0]) if log is None else log).to_dict("records"):
         append_csv(folder / "metrics.csv", {k: None if v != v else v for k, v in row.items()})
@@ -51,8 +51,10 @@ def write_run(results, name, log=None, **changes):
 
 def test_logs_by_arm_and_seed(tmp_path):
     for seed in (10, 2):
-        write_run(tmp_path, f"align_scalar_s{seed}", curve([0.0, seed], [0.0, 1.0]), seed=seed)
-    write_run(tmp_path, "align_scalar_ema_s0")
+        write_run(
+            tmp_path, f"policies/scalar/seed{seed}", curve([0.0, seed], [0.0, 1.0]), seed=seed
+        )
+    write_run(tmp_path, "policies/scalar_ema/seed0")
     logs = training_logs(tmp_path, "scalar", "ordinal")
     assert {arm: [*own] for arm, own in logs.items()} == {"scalar": [2, 10], "ordinal": []}
     assert logs["scalar"][10]["eval_reward"].max() == 10
@@ -63,12 +65,12 @@ def test_logs_by_arm_and_seed(tmp_path):
 
 
 def test_runs_that_cannot_be_used_are_named(tmp_path):
-    write_run(tmp_path, "align_scalar_s1")
-    with pytest.raises(ResultsError, match="cpu-align_scalar_s1 was trained with seed 0"):
+    write_run(tmp_path, "policies/scalar/seed1")
+    with pytest.raises(ResultsError, match="policies/scalar/seed1 was trained with seed 0"):
         training_logs(tmp_path, "scalar")
-    write_run(tmp_path, "align_ordinal_s0", status="running")
-    with pytest.raises(ResultsError, match="cpu-align_ordinal_s0 is not finished, its status is"):
-        seed_runs(tmp_path, "align_ordinal")
+    write_run(tmp_path, "policies/ordinal/seed0", status="running")
+    with pytest.raises(ResultsError, match="policies/ordinal/seed0 is not finished, its status is"):
+        seed_runs(tmp_path, "policies/ordinal")
 
 
 def test_averages_by_scale(tmp_path):
@@ -78,7 +80,7 @@ def test_averages_by_scale(tmp_path):
         ("scaled_scalar", 1.0, "a"),
         ("average_scalar", 0.5, "abc"),
     ):
-        folder = tmp_path / f"cpu-{name}"
+        folder = tmp_path / "cpu" / "sweeps" / name
         config = {"average_of": [*seeds]}
         write_json(folder / "run.json", RUN | {"scale": best, "config": config})
         for scale in (0.5, 1.0):
@@ -101,15 +103,15 @@ def test_trials(tmp_path, monkeypatch):
     assert missing_trials(trial_table(tmp_path)) == ["a", "b", "c"]
     for name in ("b", "a"):
         config = SETTINGS | trials[name]
-        write_run(tmp_path, f"trial_{name}", curve([0.0, 0.75], [0.0, 0.5]), config=config)
+        write_run(tmp_path, f"sweeps/{name}", curve([0.0, 0.75], [0.0, 0.5]), config=config)
     rows = trial_table(tmp_path).set_index("trial")
     assert rows["chosen"].to_dict() == {"a": False, "b": True}
     assert rows[rate].tolist() == [1.0, SETTINGS[rate]]
     assert rows[["step", "eval_reward", "eval_judge"]].to_numpy().tolist() == [[2, 0.75, 0.5]] * 2
     assert missing_trials(trial_table(tmp_path)) == ["c"]
     # The full length is that of the study's first policy.
-    write_run(tmp_path, "align_scalar_s0", curve([0.0, 0.25], [0.0, 0.5]), config=SETTINGS)
-    write_run(tmp_path, "align_scalar_s1", curve([0.0, 9.0], [0.0, 9.0]), config=SETTINGS)
+    write_run(tmp_path, "policies/scalar/seed0", curve([0.0, 0.25], [0.0, 0.5]), config=SETTINGS)
+    write_run(tmp_path, "policies/scalar/seed1", curve([0.0, 9.0], [0.0, 9.0]), config=SETTINGS)
     rows = trial_table(tmp_path)
     assert rows["trial"].tolist() == ["a", "b", "align_scalar_s0"]
 

@@ -33,6 +33,7 @@ from utils.statistics.policy_runs import (
 
 SAMPLES = 400
 RUN = {"status": "finished", "seed": 0, "config": {}, "data_fingerprint": "f" * 16, "seconds": 9.0}
+PLACE = "policies/scalar/seed0/test"
 SCALES = {"scalar": [0.0, 1.0], "ordinal": [4.0, 2.0], "judge": [0.0, 1.0]}
 
 
@@ -58,8 +59,8 @@ def evaluation(judge, **columns):
     return pd.DataFrame(made | columns)
 
 
-def write_evaluation(results, name, frame, temperature=0.7, **changes):
-    folder = results / f"cpu-test_{name}"
+def write_evaluation(results, place, frame, temperature=0.7, **changes):
+    folder = results / "cpu" / place
     info = RUN | {"config": {"temperature": temperature}, "scales": SCALES}
     write_json(folder / "run.json", info | changes)
     write_jsonl(folder / "samples.jsonl", frame.drop(columns="temperature").to_dict("records"))
@@ -67,8 +68,8 @@ def write_evaluation(results, name, frame, temperature=0.7, **changes):
 
 def write_controls(results):
     for name in ("sft", "sft_best", "sft_greedy"):
-        write_evaluation(results, name, SFT)
-    write_evaluation(results, "sft_pool", evaluation(range(12)))
+        write_evaluation(results, f"controls/{name}/test", SFT)
+    write_evaluation(results, "controls/sft_pool/test", evaluation(range(12)))
 
 
 def triple(row, name):
@@ -99,19 +100,20 @@ def frames():
 
 
 def test_evaluations_as_published(tmp_path):
-    write_evaluation(tmp_path, "scalar_s10", SFT)
-    write_evaluation(tmp_path, "scalar_s2", SFT)
-    write_evaluation(tmp_path, "scalar_s2_greedy", SFT, 0.0)
-    write_evaluation(tmp_path, "scalar_s2@0123", SFT, status="running")
-    write_evaluation(tmp_path, "ordinal_s0", SFT)
-    write_evaluation(tmp_path, "sft_16bit", SFT.assign(kl=math.nan))
+    for place in ("scalar/seed10", "scalar/seed2", "ordinal/seed0", "scalar_average"):
+        write_evaluation(tmp_path, f"policies/{place}/test", SFT)
+    write_evaluation(tmp_path, "policies/scalar/seed2/test_greedy", SFT, 0.0)
+    for aside in ("scalar/seed2@0123/test", "scalar/seed2/test@0123", "scalar/seed2/test@damaged"):
+        write_evaluation(tmp_path, f"policies/{aside}", SFT, status="running")
+    write_evaluation(tmp_path, "controls/sft_16bit/test", SFT.assign(kl=math.nan))
+    write_evaluation(tmp_path, "controls/sft_T0.2/validation", SFT[:2])
     write_controls(tmp_path)
     found = policy_frames(tmp_path)
     pd.testing.assert_frame_equal(found["sft"], SFT, check_dtype=False)
     assert next(iter(found)) == "sft"
     assert arms_of(found) == ["ordinal", "scalar"]
-    controls = ["sft", "scalar_s2_greedy", "sft_16bit", "sft_best", "sft_greedy"]
-    assert policies_of(found) == ["ordinal", "scalar", *controls]
+    others = ["sft", "scalar_average", "scalar_s2_greedy", "sft_16bit", "sft_best", "sft_greedy"]
+    assert policies_of(found) == ["ordinal", "scalar", *others]
     assert [*seeds_of(found, "scalar")] == [2, 10]
     assert [*seeds_of(found, "sft_16bit")] == [None]
     assert found["sft_16bit"]["kl"].isna().all()
@@ -131,15 +133,15 @@ def test_own_rewards():
 @pytest.mark.parametrize(
     ("frame", "changes", "message"),
     [
-        (SFT, {"status": "running"}, "cpu-test_scalar_s0 is not finished, its status is 'running'"),
-        (SFT.drop(columns="reward_judge"), {}, r"cpu-test_scalar_s0 lacks the reward of \['judge'"),
-        (SFT[::-1], {}, "cpu-test_sft and cpu-test_scalar_s0 have other prompts, another order"),
-        (SFT, {"scales": {}}, "cpu-test_scalar_s0 measured rewards on different scales"),
+        (SFT, {"status": "running"}, f"{PLACE} is not finished, its status is 'running'"),
+        (SFT.drop(columns="reward_judge"), {}, rf"{PLACE} lacks the reward of \['judge'"),
+        (SFT[::-1], {}, f"controls/sft/test and {PLACE} have other prompts, another order"),
+        (SFT, {"scales": {}}, f"{PLACE} measured rewards on different scales"),
     ],
 )
 def test_evaluations_that_do_not_compare_are_named(tmp_path, frame, changes, message):
     write_controls(tmp_path)
-    write_evaluation(tmp_path, "scalar_s0", frame, **changes)
+    write_evaluation(tmp_path, PLACE, frame, **changes)
     with pytest.raises(ResultsError, match=message):
         policy_frames(tmp_path)
 

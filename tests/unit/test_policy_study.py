@@ -11,6 +11,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
+from utils import config
 from utils.arms import policies as policy_arms
 from utils.arms.policies import (
     ARMS,
@@ -23,13 +24,13 @@ from utils.arms.policies import (
 )
 from utils.config import PROFILES, flatten
 from utils.experiments import comparison, pipeline, policy_stages, policy_study, published
-from utils.experiments import storage as results
 from utils.experiments.pipeline import prepared_data, sft_stage
 from utils.files import ResultsError, read_json, read_jsonl
 from utils.reinforce.checkpoints import load_adapter
 from utils.reinforce.evaluation import evaluate_policy
 from utils.rewards.losses import CLASSES, KINDS, expected_rating, rating_minus_spread
 from utils.rewards.readouts import READOUTS
+from utils.statistics.policy_runs import _evaluations
 
 LAZY = {"reinforce.learning_rate": 0.0}  # never leaves the SFT model
 SMALL = {
@@ -91,7 +92,7 @@ def world(tmp_path_factory):
         for module in (policy_stages, policy_study):
             patch.setattr(module, "load_published", lambda name: Wordy(name))
             patch.setattr(module, "published_sums", lambda names: {n: SUMS[n] for n in names})
-        patch.setattr(results, "ROOT", root)
+        patch.setattr(config, "ROOT", root)
         patch.setattr(published, "RESULTS", root / "results")
         patch.setattr(published, "MODELS", models)
         patch.setattr(published, "INDEX", models / "index.json")
@@ -142,22 +143,22 @@ def test_a_trial_has_its_own_settings_and_a_short_one_no_end_at_a_kl():
 
 
 def test_training_and_held_out_rewards(world):
-    info = read_json(world.runs / "align_careful_s0" / "run.json")
+    info = read_json(world.runs / "policies/careful/seed0" / "run.json")
     assert info["status"] == "finished"
-    texts = [samples(world, "sft_training_prompts")["response"]] * 3
+    texts = [samples(world, "controls/sft_training_prompts")["response"]] * 3
     own = rating_minus_spread(Wordy("ordinal").logits(*texts))
     assert info["reward_mean"] == pytest.approx(own.mean().item()), "not the mean rating's"
-    metrics = pd.read_csv(world.runs / "align_careful_s0" / "metrics.csv")
+    metrics = pd.read_csv(world.runs / "policies/careful/seed0" / "metrics.csv")
     assert metrics["step"].tolist() == [0, 1, 2]
     assert metrics["eval_judge"].notna().all()
     # The curve is that of the expected rating, in its own unit, so that arms compare.
     profile = policy_arms.policy_profile("careful", 0)
     policy, tokenizer = pipeline.load_sft(profile)
-    load_adapter(world.runs / "align_careful_s0", policy)
+    load_adapter(world.runs / "policies/careful/seed0", policy)
     prompts = prepared_data(profile).prompts("validation")
     models = {"own": Wordy("ordinal"), "judge": Wordy("judge")}
     frame = evaluate_policy(policy, tokenizer, prompts, profile, 0.7, models)
-    unit = [samples(world, "sft_training_prompts")["response"]] * 3
+    unit = [samples(world, "controls/sft_training_prompts")["response"]] * 3
     for name, column in (("own", "eval_reward"), ("judge", "eval_judge")):
         rewards = models[name].score(*unit)
         mean, std = rewards.mean().item(), rewards.std().item()
@@ -167,11 +168,11 @@ def test_training_and_held_out_rewards(world):
 
 
 def test_a_run_says_what_it_was_rewarded_by(world):
-    config = read_json(world.runs / "align_careful_s0" / "run.json")["config"]
-    assert (config["reward"], config["readout"]) == ("ordinal", "minus_spread")
-    assert config["models"] == {"ordinal": ["bb"], "judge": ["cc", "dd"]}
-    assert read_json(world.runs / "align_scalar_s1" / "run.json")["seed"] == 1
-    assert not list(world.runs.glob("*@*")), "seeds share the unit of the reward"
+    made_with = read_json(world.runs / "policies/careful/seed0" / "run.json")["config"]
+    assert (made_with["reward"], made_with["readout"]) == ("ordinal", "minus_spread")
+    assert made_with["models"] == {"ordinal": ["bb"], "judge": ["cc", "dd"]}
+    assert read_json(world.runs / "policies/scalar/seed1" / "run.json")["seed"] == 1
+    assert not list(world.runs.rglob("*@*")), "seeds share the unit of the reward"
 
 
 def test_finished_policies_are_reused_until_a_reward_model_changes(world, monkeypatch, capsys):
@@ -181,8 +182,8 @@ def test_finished_policies_are_reused_until_a_reward_model_changes(world, monkey
     monkeypatch.setattr(policy_stages, "align_policy", forbidden)
     forget()
     policy_stages.policy_stage("scalar", 0)
-    assert "[align_scalar_s0] reuse" in capsys.readouterr().out
-    record = world.runs / "align_scalar_s0" / "run.json"
+    assert "[policies/scalar/seed0] reuse" in capsys.readouterr().out
+    record = world.runs / "policies/scalar/seed0" / "run.json"
     before = record.read_bytes()
     changed = {**SUMS, "scalar": ["ee"]}
     monkeypatch.setattr(
@@ -192,8 +193,9 @@ def test_finished_policies_are_reused_until_a_reward_model_changes(world, monkey
     assert record.read_bytes() == before, "asking what is trained sets nothing aside"
     with pytest.raises(AssertionError, match="trained again"):
         policy_stages.policy_stage("scalar", 0)
-    aside = next(world.runs.glob("align_scalar_s0@*"))
-    new = world.runs / "align_scalar_s0"
+    aside = next(world.runs.glob("policies/scalar/seed0@*"))
+    assert (aside / "test" / "run.json").exists(), "an evaluation goes with its policy"
+    new = world.runs / "policies/scalar/seed0"
     assert json.loads((new / "run.json").read_text())["config"]["models"]["scalar"] == ["ee"]
     (new / "run.json").unlink()
     new.rmdir()
@@ -212,7 +214,7 @@ def test_trials_never_touch_the_test_prompts(world, monkeypatch):
     original = type(data).prompts
     monkeypatch.setattr(type(data), "prompts", prompts)
     run = policy_stages.trial_stage("short")
-    assert run.directory.name == "trial_short"
+    assert run.label == "sweeps/short"
     assert run.metrics()["step"].tolist() == [0, 1], "its own number of steps"
     assert set(asked) == {"train", "validation"}
 
@@ -225,14 +227,15 @@ def test_what_is_trained_is_evaluated_beside_the_controls(world):
     trained = ["scalar_s0", "scalar_s0_greedy", "scalar_s1", "lazy_s0", "lazy_s0_greedy"]
     trained += ["careful_s0", "careful_s0_greedy", "scalar_average"]
     assert list(world.frames) == [*controls, *trained]
+    places = _evaluations(world.runs)
     test = prepared_data(policy_arms.policy_profile("scalar", 0)).prompts("test")
     for name, frame in world.frames.items():
         each = 16 if name == "sft_pool" else 2
         assert frame["prompt_id"].tolist() == [p.id for p in test for _ in range(each)], name
         for reward in policy_study.REWARDS:
             assert frame[f"reward_{reward}"].notna().all()
-        assert frame.equals(samples(world, f"test_{name}"))
-    infos = [read_json(world.runs / f"test_{name}" / "run.json") for name in world.frames]
+        assert frame.equals(samples(world, places[name])), "another policy's"
+    infos = [read_json(places[name] / "run.json") for name in world.frames]
     assert len({json.dumps(info["scales"]) for info in infos}) == 1
     assert infos[0]["config"]["models"] == SUMS
 
@@ -276,7 +279,7 @@ def test_an_average_is_the_mean_of_the_updates_times_the_scale(world):
 
 
 def test_averages_and_one_scaled_seed_are_measured(world):
-    runs = {name: world.runs / f"{name}_scalar" for name in ("average", "scaled")}
+    runs = {name: world.runs / "sweeps" / f"{name}_scalar" for name in ("average", "scaled")}
     infos = {name: read_json(run / "run.json") for name, run in runs.items()}
     tables = {name: pd.read_csv(run / "metrics.csv") for name, run in runs.items()}
     for name, table in tables.items():
@@ -287,10 +290,10 @@ def test_averages_and_one_scaled_seed_are_measured(world):
     ]
     assert infos["average"]["config"]["average_of"] == hashes
     assert infos["scaled"]["config"]["average_of"] == hashes[:1]
-    log = pd.read_csv(world.runs / "align_scalar_s0" / "metrics.csv").iloc[-1]
+    log = pd.read_csv(world.runs / "policies/scalar/seed0" / "metrics.csv").iloc[-1]
     one = tables["scaled"].set_index("scale").loc[1.0]
     assert one["eval_kl"] == pytest.approx(log["eval_kl"], abs=1e-3), "seed 0 as it is"
-    tested = read_json(world.runs / "test_scalar_average" / "run.json")["config"]
+    tested = read_json(world.runs / "policies/scalar_average/test" / "run.json")["config"]
     assert (tested["scale"], tested["trained"]) == (infos["average"]["scale"], hashes)
 
 
@@ -319,10 +322,10 @@ def test_units_are_measured_once_and_then_read(world, monkeypatch):
     monkeypatch.setattr(policy_stages, "reward_scale", measure)
     monkeypatch.setattr(comparison, "reward_scale", measure)
     scales = {name: policy_stages.scale_stage(name) for name in policy_study.REWARDS}
-    used = read_json(world.runs / "test_scalar_s1" / "run.json")["scales"]
+    used = read_json(world.runs / "policies/scalar/seed1/test" / "run.json")["scales"]
     assert {name: list(scale) for name, scale in scales.items()} == used
     policy_study.evaluation_stages()
-    careful = read_json(world.runs / "align_careful_s0" / "run.json")
+    careful = read_json(world.runs / "policies/careful/seed0" / "run.json")
     own = policy_stages.scale_stage("ordinal", "minus_spread")
     assert own == (careful["reward_mean"], careful["reward_std"])
     assert own != scales["ordinal"]
@@ -340,14 +343,14 @@ def test_finished_evaluations_are_read_and_a_policy_trained_anew_is_evaluated_an
     monkeypatch.setattr(comparison, "evaluate_policy", evaluate)
     again = policy_study.evaluation_stages()
     assert all(frame.equals(world.frames[name]) for name, frame in again.items())
-    assert "[align_untrained_s0] is not trained yet" in capsys.readouterr().out
+    assert "[policies/untrained/seed0] is not trained yet" in capsys.readouterr().out
     hashes = [(name, seed, "other") for name, seed, _ in policy_stages.trained_policies()]
     monkeypatch.setattr(policy_study, "trained_policies", lambda: hashes)
     with pytest.raises(KeyboardInterrupt):
         policy_study.evaluation_stages()
-    assert "[test_scalar_s0] trained: was" in capsys.readouterr().out
-    aside = next(world.runs.glob("test_scalar_s0@*"))
-    new = world.runs / "test_scalar_s0"
+    assert "[policies/scalar/seed0/test] trained: was" in capsys.readouterr().out
+    aside = next(world.runs.glob("policies/scalar/seed0/test@*"))
+    new = world.runs / "policies/scalar/seed0/test"
     (new / "run.json").unlink()
     new.rmdir()
     aside.rename(new)
@@ -365,14 +368,17 @@ def test_publish_and_load(world, capsys):
     index = read_json(published.INDEX)
     assert index["scalar"] == kept["scalar"], "what was not trained here was lost"
     assert set(index["policies"]) == {"scalar", "lazy", "careful"}
-    names = {path.name for path in (world.root / "results").glob("cpu-*")}
-    assert {"cpu-align_scalar_s1", "cpu-test_careful_s0"} <= names
-    assert {"cpu-average_scalar", "cpu-scaled_scalar", "cpu-test_scalar_average"} <= names
-    assert {"cpu-test_sft_pool", "cpu-validation_sft_T0.2", "cpu-scale_judge_mean"} <= names
+    place = world.root / "results" / "cpu"
+    names = {path.parent.relative_to(place).as_posix() for path in place.rglob("run.json")}
+    assert {"policies/scalar/seed1", "policies/careful/seed0/test"} <= names
+    assert {"sweeps/average_scalar", "sweeps/scaled_scalar"} <= names
+    assert {"controls/sft_T0.2/validation", "controls/scale_judge_mean"} <= names
+    assert {*_evaluations(place)} == {*world.frames}
+    assert index["policies"]["lazy"]["run"] == "cpu/policies/lazy/seed0"
     assert not [name for name in names if "@" in name]
 
     # In a clone there are finished runs without checkpoints.
-    shutil.rmtree(world.runs / "align_lazy_s0" / "checkpoints")
+    shutil.rmtree(world.runs / "policies/lazy/seed0" / "checkpoints")
     published.main()
     assert read_json(published.INDEX) == index
 

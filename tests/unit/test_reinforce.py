@@ -472,14 +472,14 @@ NONE_YET = r"There is no checkpoint yet\.$"
 
 def test_the_last_checkpoint_is_named_by_step_and_path(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_files, "ROOT", tmp_path)
-    directory = tmp_path / "runs" / "cpu" / "align_scalar_s0"
+    directory = tmp_path / "runs" / "cpu" / "policies" / "scalar" / "seed0"
     assert last_checkpoint(directory) == "There is no checkpoint yet."
     (directory / "checkpoints").mkdir(parents=True)
     for name in ("step-000004.pt", "step-000012.pt", ".step-000016.pt.partial"):
         (directory / "checkpoints" / name).touch()
     assert last_checkpoint(directory) == (
         "The last good checkpoint is that of step 12: "
-        "runs/cpu/align_scalar_s0/checkpoints/step-000012.pt."
+        "runs/cpu/policies/scalar/seed0/checkpoints/step-000012.pt."
     )
 
 
@@ -539,7 +539,7 @@ def test_a_policy_that_repeats_itself_stops_the_run(tmp_path, share, stops):
 
 
 def test_only_a_collapsed_policy_is_below_the_default_floor():
-    samples = read_jsonl(RESULTS / "quick-test_sft_greedy" / "samples.jsonl")[:32]
+    samples = read_jsonl(RESULTS / "quick/controls/sft_greedy/test/samples.jsonl")[:32]
     greedy = [row["response"] for row in samples]
     floor = ReinforceConfig().min_distinct_2
     assert distinct_n(greedy) > 4 * floor, "the least varied decoding of a sound model"

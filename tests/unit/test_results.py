@@ -144,6 +144,13 @@ def test_a_run_records_where_it_came_from(tmp_path):
     assert str(tmp_path) not in json.dumps(info)
 
 
+@pytest.mark.parametrize("profile", ["runs/cpu", "results/quick", "results/own/mine"])
+def test_messages_name_a_run_by_its_path_below_the_profile(tmp_path, profile):
+    for label in ("policies/scalar/seed0", "policies/scalar/seed0/test", "ensemble/margin_fold1"):
+        assert start(tmp_path / profile / label).label == label
+    assert start(tmp_path / "align").label == "align"
+
+
 HEAD = "step,loss,kl\n"
 ROWS = ["1,0.5,0.1\n", "2,0.4,0.2\n", "3,0.3,0.3\n"]
 

@@ -54,7 +54,8 @@ def logits(output):
 
 def write_run(results, name, outputs, prompts=None, groups=GROUPS, **changes):
     """A published run: steps of 30 and of 60 or, with seed 1, 120 seconds; the scored responses."""
-    folder, seed = results / f"cpu-rm_{name}", int(name.rpartition("_s")[2])
+    arm, seed = name.rpartition("_s")[0], int(name.rpartition("_s")[2])
+    folder = results / "cpu" / "reward_models" / arm / f"seed{seed}"
     kind = "ordinal" if isinstance(outputs[0], dict) else "scalar"
     config = {"kind": kind, "data.fingerprint": "f" * 16, "data.train_prompts": prompts}
     info = {"status": "finished", "seed": seed, "config": config, "seconds": 9e9, "threads": 2}
@@ -103,22 +104,25 @@ def triple(row, name):
 
 
 def test_runs_of_an_arm_by_seed_and_no_others(tmp_path):
-    for name in ("margin_s10", "margin_s2", "margin_10_s0", "margin_s1@0123", "xmargin_s0"):
-        (tmp_path / f"cpu-rm_{name}").mkdir()
+    for name in ("margin/seed1@0123", "margin/.seed1.0a.partial", "margin_10/seed0"):
+        (tmp_path / "cpu" / "reward_models" / name).mkdir(parents=True)
     for seed in (10, 2, 7, 0, 31, 4):
         write_run(tmp_path, f"margin_s{seed}", FIRST)
     write_run(tmp_path, "margin_10_s0", FIRST)
     runs = study_runs(tmp_path, "margin")
     assert [run.info["seed"] for run in runs] == [0, 2, 4, 7, 10, 31]
-    assert [run.directory.name for run in runs[:2]] == ["cpu-rm_margin_s0", "cpu-rm_margin_s2"]
+    assert [run.label for run in runs[:2]] == [f"reward_models/margin/seed{s}" for s in (0, 2)]
     assert study_runs(tmp_path, "soft") == []
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"status": "running"}, "cpu-rm_margin_s1 is not finished, its status is 'running'"),
-        ({"seed": 0}, "cpu-rm_margin_s1 was trained with seed 0: .* the run with seed 1"),
+        (
+            {"status": "running"},
+            "reward_models/margin/seed1 is not finished, its status is 'running'",
+        ),
+        ({"seed": 0}, "reward_models/margin/seed1 was trained with seed 0: .* the run with seed 1"),
     ],
 )
 def test_a_run_that_is_not_what_its_name_says(tmp_path, change, message):
@@ -285,7 +289,7 @@ def test_an_arm_does_not_differ_from_itself(results):
 
 def test_a_difference_needs_a_reference_and_a_shared_seed(results):
     write_run(results, "bt_s2", FIRST)
-    with pytest.raises(ResultsError, match="'soft' has no run: publish cpu-rm_soft_s0"):
+    with pytest.raises(ResultsError, match="'soft' has no run: publish reward_models/soft/seed0"):
         difference_table(results, ["margin"], "soft", PAIRS, 20)
     with pytest.raises(ResultsError, match="'bt' and 'margin' have no seed in common"):
         difference_table(results, ["bt"], "margin", PAIRS, 20)
@@ -309,7 +313,9 @@ def test_an_ensemble_weighs_its_seeds_alike(tmp_path):
 
 def test_runs_on_different_data_are_named(results):
     write_run(results, "bt_s0", FIRST, config={"data.fingerprint": "e" * 16})
-    message = "cpu-rm_margin_s0 and cpu-rm_bt_s0 were trained on different data .fingerprints f+ "
+    message = (
+        "margin/seed0 and reward_models/bt/seed0 were trained on different data .fingerprints f+ "
+    )
     for table in (accuracy_table, category_table):
         with pytest.raises(ResultsError, match=message):
             table(results, ["margin", "bt"], PAIRS, 20)
@@ -320,17 +326,19 @@ def test_runs_on_different_data_are_named(results):
 
 def test_only_the_learning_curve_may_mix_sizes(results):
     write_run(results, "margin_10_s0", FIRST, 46, config={"data.fingerprint": "e" * 16})
-    with pytest.raises(ResultsError, match="cpu-rm_margin_10_s0 were trained on different data"):
+    with pytest.raises(
+        ResultsError, match="reward_models/margin_10/seed0 were trained on different data"
+    ):
         accuracy_table(results, ["margin", "margin_10"], PAIRS, 20)
     write_run(results, "pairwise_10_s0", TEN, 46, config={"data.fingerprint": "d" * 16})
-    message = "cpu-rm_margin_10_s0 and cpu-rm_pairwise_10_s0 were trained on different data"
+    message = "margin_10/seed0 and reward_models/pairwise_10/seed0 were trained on different data"
     with pytest.raises(ResultsError, match=message):
         learning_curve_table(results, PAIRS, 20)
 
 
 def test_runs_that_scored_different_responses_are_named(results):
     write_run(results, "bt_s0", FIRST, groups=(*GROUPS[:2], group("p2", "b", 2.5, 1.25)))
-    message = "cpu-rm_margin_s0 and cpu-rm_bt_s0 scored different responses"
+    message = "reward_models/margin/seed0 and reward_models/bt/seed0 scored different responses"
     with pytest.raises(ResultsError, match=message):
         accuracy_table(results, ["margin", "bt"], PAIRS, 20)
 
@@ -339,7 +347,9 @@ def test_runs_that_scored_different_responses_are_named(results):
 def test_a_run_that_scored_other_responses_than_the_pairs(tmp_path, groups):
     responses = sum(len(g.responses) for g in groups)
     write_run(tmp_path, "bt_s0", FIRST[:responses], groups=groups)
-    with pytest.raises(ResultsError, match="cpu-rm_bt_s0 scored other responses than those of"):
+    with pytest.raises(
+        ResultsError, match="reward_models/bt/seed0 scored other responses than those of"
+    ):
         accuracy_table(tmp_path, ["bt"], PAIRS, 20)
 
 

@@ -16,6 +16,7 @@ from utils.experiments.publish import LARGE, code_hash, copy_run, publish, save_
 from utils.experiments.run import REPO, main
 from utils.files import read_jsonl, write_jsonl
 
+FILES = ("run.json", "metrics.csv", "samples.jsonl")
 TWO_PLUS_TWO = "print('[demo] step 1/2')\nprint('quiet')\n2 + 2"
 
 
@@ -127,9 +128,9 @@ def test_an_interrupt_reaches_the_cell(tmp_path: Path):
 def test_some_notebooks_and_the_time_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for name in ("01_a", "02_b", "03_c"):
         write_notebook(tmp_path, f"{name}.ipynb", "1")
-    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "smoke").mkdir(parents=True)
     cost = {"02_b": {"seconds": 60, "peak_rss_gb": 9.0}, "03_c": {"seconds": 120}}
-    (tmp_path / "results" / "smoke-cost.json").write_text(json.dumps(cost))
+    (tmp_path / "results" / "smoke" / "cost.json").write_text(json.dumps(cost))
     assert main(["--profile", "smoke", "--only", "02", "03"], root=tmp_path) == 0
     shown = capsys.readouterr().out
     assert "02_b (1 of 2), 0.0 min used, at most 3.0 left" in shown
@@ -215,15 +216,20 @@ def finished_sequence(root: Path) -> Path:
     (folder / "figures" / "curve.png").write_text("a picture")
     (folder / "tables" / "all.csv").write_text("a\n1\n")
     (folder / "cost.json").write_text("{}")
-    make_run(folder / "align", "finished", "new")
-    make_run(folder / "broken", "running", "new")
-    make_run(folder / "align@0123", "finished", "set aside")
+    policies = folder / "policies"
+    make_run(policies / "scalar" / "seed0", "finished", "new")
+    make_run(policies / "scalar_average" / "test", "finished", "new")
+    make_run(policies / "scalar" / "seed1", "running", "new")
+    for aside in ("seed0@0123", "seed0/test@damaged", "seed0@0123/test", ".seed0.0a.partial"):
+        make_run(policies / "scalar" / aside, "finished", "set aside")
     return path
 
 
 def test_publish_copies_the_small_files_of_finished_runs(tmp_path: Path):
     path = finished_sequence(tmp_path)
-    make_run(tmp_path / "results" / "smoke-align", "finished", "old")
+    place = "smoke/policies/scalar/seed0"
+    for run in (place, f"{place}/test"):
+        make_run(tmp_path / "results" / run, "finished", "old")
     edited = nbformat.read(path, as_version=4)
     edited.cells[0].source = "# A better title"
     nbformat.write(edited, path)
@@ -233,14 +239,18 @@ def test_publish_copies_the_small_files_of_finished_runs(tmp_path: Path):
     results = tmp_path / "results"
     files = {p.relative_to(results).as_posix() for p in results.rglob("*") if p.is_file()}
     assert files == {
-        "smoke-align/run.json",
-        "smoke-align/metrics.csv",
-        "smoke-align/samples.jsonl",
+        *(f"{place}/{name}" for name in FILES),
+        *(f"{place}/test/{name}" for name in (*FILES, "checkpoint/adapter.safetensors")),
+        *(f"smoke/policies/scalar_average/test/{name}" for name in FILES),
         "figures/curve.png",
         "tables/all.csv",
-        "smoke-cost.json",
+        "smoke/cost.json",
     }
-    assert json.loads((results / "smoke-align/run.json").read_text())["value"] == "new"
+    values = [
+        json.loads((results / run / "run.json").read_text())["value"]
+        for run in (place, f"{place}/test")
+    ]
+    assert values == ["new", "old"], "a published run took the one nested in it along"
     published = nbformat.read(path, as_version=4)
     assert published.cells[0].source == "# A better title"
     assert "made" in text_of(published)

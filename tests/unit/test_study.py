@@ -120,22 +120,22 @@ def test_a_member_never_judges_a_prompt_it_was_trained_on():
 def test_train_publish_load(small, capsys):
     for name, (arm, seed) in published.CHOSEN.items():
         run = study.study_stage(arm, seed)
-        assert run.directory.name == f"rm_{arm}_s{seed}", name
+        assert run.label == f"reward_models/{arm}/seed{seed}", name
     assert len(judge.member_runs()) == len(judge.MEMBERS) * FOLDS
     for name in judge.member_runs():
         run = judge.judge_stage(name)
-        assert run.directory.name == name
+        assert run.label == f"ensemble/{name}"
     data = prepared_data(PROFILES["smoke"])
     assert json.loads((run.directory / "run.json").read_text())["config"]["fold"] == FOLDS - 1
     published.main()
     said = capsys.readouterr().out
     assert "published 11 runs" in said
     assert "not trained" not in said
-    probes = pd.read_csv(small / "results" / "cpu-probes" / "probes.csv")
+    probes = pd.read_csv(small / "results/cpu/controls/probes/probes.csv")
     assert set(probes["series"]) == {"scalar", "ordinal", "judge"}
     table = judge.judge_accuracy(small / "results", data.pairs("test"), 50)
     assert table["judge"].tolist()[:2] == ["judge"] * 2
-    plain = small / "results" / "cpu-judge_pairwise_light_f1" / "samples.jsonl"
+    plain = small / "results/cpu/ensemble/pairwise_light_fold1/samples.jsonl"
     plain.with_name("samples.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
     plain.unlink()
     packed = judge.judge_accuracy(small / "results", data.pairs("test"), 50)
@@ -154,6 +154,7 @@ def test_train_publish_load(small, capsys):
 
     path = small / "results" / "models" / "scalar.safetensors"
     entry = json.loads((path.parent / "index.json").read_text())["scalar"][0]
+    assert (small / "results" / entry["run"] / "run.json").exists()
     assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
     with pytest.raises(ResultsError, match="not the file that was published"):

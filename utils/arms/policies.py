@@ -82,6 +82,11 @@ TRIALS: dict[str, dict[str, Any]] = {
 }
 
 
+def policy_folder(arm: str, seed: int) -> str:
+    """Return where a policy lies below runs/<profile> or results/<profile>."""
+    return f"policies/{arm}/seed{seed}"
+
+
 def policy_profile(arm: str, seed: int) -> Profile:
     """Return the profile of an arm, whatever REPORT_PROFILE says; an unknown name is a KeyError."""
     return with_fields(PROFILES["cpu"], {**SETTINGS, **ARMS[arm].changes, "seed": seed})

@@ -11,6 +11,7 @@ import pandas as pd
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from utils.arms.policies import policy_folder
 from utils.config import Profile, with_fields
 from utils.experiments.alignment import Scale
 from utils.experiments.pipeline import (
@@ -75,7 +76,9 @@ class Comparison:
         temperature = self.profile.reinforce.temperature
         for kind in KINDS:
             frames[f"align_{kind}"] = self.evaluate(
-                f"align_{kind}", lambda kind=kind: align_stage(kind, self.profile)[:2], temperature
+                *(f"align_{kind}", lambda kind=kind: align_stage(kind, self.profile)[:2]),
+                temperature,
+                folder=f"{policy_folder(kind, self.profile.seed)}/test",
             )
         return frames
 
@@ -105,29 +108,30 @@ class Comparison:
         split: str = "test",
         reference: bool = True,
         changes: Mapping[str, Any] | None = None,
+        folder: str | None = None,
         **facts: Any,
     ) -> pd.DataFrame:
         """Evaluate one policy, or read its finished evaluation.
 
         Args:
-            name: of the policy; the stage is named `<split>_<name>`.
+            name: of the policy.
             load: returns policy and tokenizer; called if they are needed.
             temperature: of this policy; 0 is greedy.
             split: whose prompts are answered.
             reference: see `evaluate_policy`.
             changes: fields in which the sampling differs from the profile.
+            folder: below runs/<profile>; None: that of a control.
             facts: what else shapes this evaluation.
         """
         profile = with_fields(self.profile, changes or {})
         facts = {"policy": name, "temperature": temperature, "split": split, **self._facts, **facts}
-        run, finished = open_stage(
-            profile, f"{split}_{name}", stage_config(profile, self._fields, **facts)
-        )
+        config = stage_config(profile, self._fields, **facts)
+        run, finished = open_stage(profile, folder or f"controls/{name}/{split}", config)
         path = run.directory / "samples.jsonl"
         if not finished:
             prompts = prepared_data(profile).prompts(split)
             print(
-                f"[{run.directory.name}] {len(prompts)} prompts at temperature {temperature}",
+                f"[{run.label}] {len(prompts)} prompts at temperature {temperature}",
                 flush=True,
             )
             frame = evaluate_policy(

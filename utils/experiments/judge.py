@@ -33,6 +33,7 @@ from utils.experiments.storage import Run
 from utils.files import read_jsonl, stored
 from utils.rewards.ensemble import FOLDS, judge_folds, prompt_key
 from utils.statistics.bootstrap import clustered_interval
+from utils.statistics.published_runs import PROFILE
 
 # Two losses that differ much, so that what the members have in common is the text; with seeds that
 # no policy's reward model has.
@@ -42,9 +43,9 @@ CHANGES: dict[str, Any] = {"reward.epochs": 2.0, "reward.lora_r": 8, "reward.lor
 
 
 def member_runs() -> dict[str, tuple[str, int, int]]:
-    """Return the arm, seed and fold of every member, by the name of its run."""
+    """Return the arm, seed and fold of every member, by its name."""
     return {
-        f"judge_{arm}_f{fold}": (arm, seed, fold) for arm, seed in MEMBERS for fold in range(FOLDS)
+        f"{arm}_fold{fold}": (arm, seed, fold) for arm, seed in MEMBERS for fold in range(FOLDS)
     }
 
 
@@ -58,7 +59,7 @@ def judge_stage(name: str) -> Run:
     arm, seed, fold = member_runs()[name]
     profile = member_profile(arm, seed)
     config = stage_config(profile, REWARD_FIELDS, kind=ARMS[arm].kind, fold=fold, folds=FOLDS)
-    run, finished = open_stage(profile, name, config)
+    run, finished = open_stage(profile, f"ensemble/{name}", config)
     if not finished:
         data = prepared_data(profile)
         train_and_score(ARMS[arm].kind, profile, *member_data(data, fold), run)
@@ -89,7 +90,8 @@ def judge_accuracy(results: Path, pairs: Sequence[Pair], samples: int) -> pd.Dat
         two samples: `judge`, `pairs`, and the accuracy as value, low, high and n. Empty if a
         member is not published.
     """
-    files = {name: stored(results / f"cpu-{name}" / "samples.jsonl") for name in member_runs()}
+    folder = results / PROFILE / "ensemble"
+    files = {name: stored(folder / name / "samples.jsonl") for name in member_runs()}
     if not all(file.exists() for file in files.values()):
         return pd.DataFrame(columns=["judge", "pairs", "value", "low", "high", "n"])
     scores: dict[str, dict[Key, float]] = {arm: {} for arm, _ in MEMBERS}

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 from filelock import BaseFileLock, FileLock, Timeout
 
-from utils.files import ROOT
+from utils.files import ROOT, run_label
 
 STALE = 600.0  # seconds without a write, after which a process on another machine counts as gone
 _held: dict[Path, BaseFileLock] = {}
@@ -46,7 +46,8 @@ def hold(directory: Path) -> bool:
     except Timeout:
         raise FolderInUse(_message(directory, owner)) from None
     except (OSError, NotImplementedError) as error:
-        print(f"[{directory.name}] no lock on this disk ({error}): keep other processes out of it")
+        label = run_label(directory)
+        print(f"[{label}] no lock on this disk ({error}): keep other processes out of it")
     if owner and _alive(owner, directory, lock.is_locked):
         lock.release()
         raise FolderInUse(_message(directory, owner))

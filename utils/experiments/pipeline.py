@@ -14,6 +14,7 @@ import pandas as pd
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from utils.arms.policies import policy_folder
 from utils.config import Profile, flatten, runs_dir, with_fields
 from utils.data.pairs import Group, Pair, PreferenceData, drop_long, load_data, require_splits
 from utils.experiments.alignment import align_policy
@@ -78,7 +79,7 @@ def stage_config(profile: Profile, fields: tuple[str, ...], **extra: Any) -> dic
 
 
 def open_stage(profile: Profile, name: str, config: dict[str, Any]) -> tuple[Run, bool]:
-    """Return the run of a stage and whether it is already finished.
+    """Return the run of a stage, a folder below runs/<profile>, and whether it is finished.
 
     Raises:
         ModelError: if it is not, and the model does not suit; see `try_model`.
@@ -99,12 +100,12 @@ def reward_stage(kind: str, profile: Profile) -> tuple[RewardModel, Run]:
     the likelihood per pair. `samples.jsonl` holds every test response with its score.
     """
     config = stage_config(profile, REWARD_FIELDS, kind=kind)
-    run, finished = open_stage(profile, f"reward_{kind}", config)
+    run, finished = open_stage(profile, f"reward_models/{kind}/seed{profile.seed}", config)
     if finished:
         return RewardModel.load(kind, profile, run.directory), run
     if processes().num_processes > 1:
         raise ResultsError(
-            f"{run.directory.name} is not there yet, and one process trains it: first run "
+            f"{run.label} is not there yet, and one process trains it: first run "
             f"`python -m utils.experiments.train reward {kind} --profile {profile.name}`, without "
             "a launcher"
         )
@@ -118,7 +119,7 @@ def train_and_score(
 ) -> RewardModel:
     """Train a reward model on groups and score the responses of held-out pairs with it."""
     reward_model = train_reward_model(kind, profile, groups, run)
-    print(f"[{run.directory.name}] scoring held-out pairs", flush=True)
+    print(f"[{run.label}] scoring held-out pairs", flush=True)
     write_jsonl(run.directory / "samples.jsonl", scored_responses(reward_model, pairs))
     run.finish(metrics=pair_metrics(run, pairs, profile.evaluation.bootstrap_samples)[1])
     return reward_model
@@ -133,9 +134,9 @@ def trained_reward_models(profile: Profile) -> dict[str, RewardModel]:
 def sft_stage(profile: Profile) -> Run:
     """Sample the SFT policy on training prompts: its rewards there are the unit of all rewards."""
     config = stage_config(profile, SFT_FIELDS, prompts=SCALE_PROMPTS, samples=1)
-    run, finished = open_stage(profile, "sft_training_prompts", config)
+    run, finished = open_stage(profile, "controls/sft_training_prompts", config)
     if not finished:
-        print(f"[{run.directory.name}] sampling the SFT model on training prompts", flush=True)
+        print(f"[{run.label}] sampling the SFT model on training prompts", flush=True)
         policy, tokenizer = load_sft(profile)
         chosen = prepared_data(profile).prompts("train")[:SCALE_PROMPTS]
         frame = evaluate_policy(
@@ -176,7 +177,7 @@ def align_stage(
     """
     with processes().main_process_first():  # what is missing is made once
         config = stage_config(profile, ALIGN_FIELDS, kind=kind)
-        run, finished = open_stage(profile, f"align_{kind}", config)
+        run, finished = open_stage(profile, policy_folder(kind, profile.seed), config)
         policy, tokenizer = load_sft(profile)
         if finished:
             load_adapter(run.directory, policy)
@@ -191,7 +192,7 @@ def align_stage(
 def align_run(kind: str, profile: Profile) -> Run:
     """Return the run of `align_stage`; if it is finished, no model is loaded."""
     config = stage_config(profile, ALIGN_FIELDS, kind=kind)
-    run, finished = open_stage(profile, f"align_{kind}", config)
+    run, finished = open_stage(profile, policy_folder(kind, profile.seed), config)
     return run if finished else align_stage(kind, profile)[2]
 
 

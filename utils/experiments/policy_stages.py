@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from utils.arms.policies import ARMS, PolicyArm, policy_profile, trial_profile
+from utils.arms.policies import ARMS, PolicyArm, policy_folder, policy_profile, trial_profile
 from utils.config import Profile, config_hash
 from utils.experiments.alignment import Scale, align_policy
 from utils.experiments.pipeline import (
@@ -32,12 +32,12 @@ POLICY_FIELDS = ("data", "model", "reinforce", "evaluation")
 
 def policy_stage(name: str, seed: int) -> Run:
     """Train the policy of an arm with one seed, or find it done."""
-    return _train(f"align_{name}_s{seed}", ARMS[name], policy_profile(name, seed))
+    return _train(policy_folder(name, seed), ARMS[name], policy_profile(name, seed))
 
 
 def trial_stage(name: str) -> Run:
     """Train a policy with the settings of a trial and the scalar reward, or find it done."""
-    return _train(f"trial_{name}", ARMS["scalar"], trial_profile(name))
+    return _train(f"sweeps/{name}", ARMS["scalar"], trial_profile(name))
 
 
 def scale_stage(reward: str, readout: str = "mean") -> Scale:
@@ -48,7 +48,7 @@ def scale_stage(reward: str, readout: str = "mean") -> Scale:
     """
     profile, models = base_profile(), published_sums((reward,))
     config = stage_config(profile, SFT_FIELDS, models=models, reward=reward, readout=readout)
-    run, finished = open_stage(profile, f"scale_{reward}_{readout}", config)
+    run, finished = open_stage(profile, f"controls/scale_{reward}_{readout}", config)
     if not finished:
         model = load_published(reward)
         rated_by = model if readout == "mean" else PolicyReward(model, readout)
@@ -62,19 +62,20 @@ def trained_policies() -> Iterator[tuple[str, int, str]]:
     for name, arm in ARMS.items():
         for seed in arm.seeds:
             profile = policy_profile(name, seed)
-            record = read_record(runs_dir(profile) / f"align_{name}_s{seed}" / "run.json")
+            folder = policy_folder(name, seed)
+            record = read_record(runs_dir(profile) / folder / "run.json")
             wanted = config_hash(_config(arm, profile))
             if record.get("status") == "finished" and record["config_hash"] == wanted:
                 yield name, seed, wanted
             else:
-                print(f"[align_{name}_s{seed}] is not trained yet, and not evaluated", flush=True)
+                print(f"[{folder}] is not trained yet, and not evaluated", flush=True)
 
 
 def load_trained(name: str, seed: int) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load a trained policy, rounded as it is published: what is published is what is tested."""
     profile = policy_profile(name, seed)
     policy, tokenizer = load_sft(profile)
-    load_adapter(runs_dir(profile) / f"align_{name}_s{seed}", policy)
+    load_adapter(runs_dir(profile) / policy_folder(name, seed), policy)
     with torch.no_grad():
         for parameter in policy.parameters():
             if parameter.requires_grad:

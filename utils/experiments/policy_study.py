@@ -6,7 +6,7 @@
     python -m utils.experiments.policy_study tests             # evaluate all on the test prompts
 
 The reward models and the judge are the published ones. A policy lands in
-runs/cpu/align_<arm>_s<seed>, its evaluation in runs/cpu/test_<arm>_s<seed>; what was stopped goes
+runs/cpu/policies/<arm>/seed<seed>, its evaluation in the folder `test` there; what was stopped goes
 on from its last checkpoint. `python -m utils.experiments.published` copies what is there into
 results/, `make study` does both.
 """
@@ -22,7 +22,7 @@ import pandas as pd
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from utils.arms.policies import ARMS, AVERAGE, AVERAGE_SCALES, TRIALS
+from utils.arms.policies import ARMS, AVERAGE, AVERAGE_SCALES, TRIALS, policy_folder
 from utils.experiments import study
 from utils.experiments.alignment import held_out_metrics
 from utils.experiments.comparison import Comparison
@@ -62,7 +62,7 @@ def average_stage(name: str, arm: str, seeds: Mapping[int, str]) -> Run:
     `run.json` then holds `scale`, the one with the highest reward within the KL budget.
 
     Args:
-        name: of the stage.
+        name: of the stage, below `sweeps`.
         arm: whose seeds.
         seeds: which of them, trained, with the hash of their configuration.
 
@@ -73,7 +73,7 @@ def average_stage(name: str, arm: str, seeds: Mapping[int, str]) -> Run:
     facts = {"reward": kind, "readout": "mean", "models": published_sums((kind, "judge"))}
     facts |= {"average_of": [*seeds.values()], "scales": AVERAGE_SCALES}
     config = stage_config(profile, POLICY_FIELDS, **facts)
-    run, finished = open_stage(profile, name, config)
+    run, finished = open_stage(profile, f"sweeps/{name}", config)
     if not finished:
         (run.directory / "metrics.csv").unlink(missing_ok=True)  # of one that was stopped
         held_out = {"own": kind, "judge": "judge"}
@@ -83,7 +83,7 @@ def average_stage(name: str, arm: str, seeds: Mapping[int, str]) -> Run:
         for scale in AVERAGE_SCALES:
             average = _load_average(arm, seeds, scale)
             metrics = held_out_metrics(*average, prompts, profile, scorers, scales)
-            print(f"[{name}] scale {scale}: {metrics}", flush=True)
+            print(f"[{run.label}] scale {scale}: {metrics}", flush=True)
             run.log({"scale": scale, **metrics})
         table, budget = run.metrics(), profile.reinforce.kl_budget
         if (within := table[table["eval_kl"] <= budget]).empty:
@@ -114,19 +114,21 @@ def evaluation_stages() -> dict[str, pd.DataFrame]:
         evaluate = partial(
             comparison.evaluate, load=partial(load_trained, name, seed), trained=shaped_by
         )
-        policy = f"{name}_s{seed}"
-        frames[policy] = evaluate(policy, temperature=temperature)
+        policy, folder = f"{name}_s{seed}", f"{policy_folder(name, seed)}/test"
+        frames[policy] = evaluate(policy, temperature=temperature, folder=folder)
         if seed == 0:
-            frames[f"{policy}_greedy"] = evaluate(f"{policy}_greedy", temperature=0.0)
+            policy, folder = f"{policy}_greedy", f"{folder}_greedy"
+            frames[policy] = evaluate(policy, temperature=0.0, folder=folder)
     for name, seeds in _complete(trained):
         first = min(seeds)
         # What of the average's gain the scale alone would have brought.
         average_stage(f"scaled_{name}", name, {first: seeds[first]})
         scale = average_stage(f"average_{name}", name, seeds).info["scale"]
         load = partial(_load_average, name, seeds, scale)
-        shaped_by = {"trained": [*seeds.values()], "scale": scale}
-        policy = f"{name}_{AVERAGE}"
-        frames[policy] = comparison.evaluate(policy, load, temperature, **shaped_by)
+        policy, shaped_by = f"{name}_{AVERAGE}", {"trained": [*seeds.values()], "scale": scale}
+        frames[policy] = comparison.evaluate(
+            policy, load, temperature, folder=f"policies/{policy}/test", **shaped_by
+        )
     return frames
 
 
@@ -156,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif name == "tests":
             for policy, frame in evaluation_stages().items():
                 means = (f"{reward} {frame[f'reward_{reward}'].mean():+.2f}" for reward in REWARDS)
-                print(f"[test_{policy}] {', '.join(means)}", flush=True)
+                print(f"[{policy}] on test prompts: {', '.join(means)}", flush=True)
         else:
             for one in [int(seed)] if seed else ARMS[name].seeds:
                 _report(partial(policy_stage, name, one))
@@ -171,7 +173,7 @@ def _report(stage: Callable[[], Run]) -> None:
         return
     last = run.metrics().dropna(subset="eval_reward").iloc[-1]
     print(
-        f"[{run.directory.name}] on validation prompts: reward {last['eval_reward']:+.2f}, judge "
+        f"[{run.label}] on validation prompts: reward {last['eval_reward']:+.2f}, judge "
         f"{last['eval_judge']:+.2f}, KL {last['eval_kl']:.1f}, length "
         f"{last['eval_mean_length']:.0f}",
         flush=True,
@@ -192,7 +194,7 @@ def _load_average(
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load the average of an arm's seeds."""
     policy, tokenizer = load_sft(base_profile())
-    runs = [runs_dir(base_profile()) / f"align_{name}_s{seed}" for seed in seeds]
+    runs = [runs_dir(base_profile()) / policy_folder(name, seed) for seed in seeds]
     average_adapters(policy, runs, scale)
     return policy, tokenizer
 

@@ -20,7 +20,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from utils.config import PROFILES
-from utils.files import atomic_write
+from utils.files import atomic_write, run_label
 
 NUMBERED = "[0-9][0-9]_*.ipynb"
 LARGE = 300_000  # bytes of a samples.jsonl, above which it is published compressed
@@ -75,15 +75,15 @@ def publish(profile: str, root: Path) -> None:
         ready.append((current, target))
     for notebook, target in ready:
         nbformat.write(notebook, target)
-    for record in sorted(source.glob("[!.]*/run.json")):
-        run = record.parent
-        if read_record(record).get("status") != "finished":
-            print(f"left out {run.name}: not finished")
-        elif "@" not in run.name:  # set aside: made with another configuration
-            copy_run(run, results / f"{profile}-{run.name}")
+    for run in run_folders(source):
+        if finished(run):
+            copy_run(run, results / profile / run.relative_to(source))
+        else:
+            print(f"left out {run_label(run)}: not finished")
     for folder in ("figures", "tables"):
         shutil.copytree(source / folder, results / folder, dirs_exist_ok=True)
-    shutil.copyfile(source / "cost.json", results / f"{profile}-cost.json")
+    (results / profile).mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / "cost.json", results / profile / "cost.json")
     print(f"published {len(executed)} notebooks of {profile}, with runs, figures and tables")
 
 
@@ -92,8 +92,21 @@ def read_record(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
+def run_folders(source: Path) -> list[Path]:
+    """Return the folders of runs below runs/<profile>, but for those set aside or half written."""
+    runs = sorted(path.parent for path in source.rglob("run.json"))
+    names = [run.relative_to(source).parts for run in runs]
+    kept = [not any("@" in name or name[0] == "." for name in parts) for parts in names]
+    return [run for run, keep in zip(runs, kept, strict=True) if keep]
+
+
+def finished(run: Path) -> bool:
+    """Tell whether a folder holds a finished run."""
+    return read_record(run / "run.json").get("status") == "finished"
+
+
 def copy_run(source: Path, target: Path) -> None:
-    """Replace a published run by the small files of a finished one."""
+    """Replace a published run by the small files of a finished one; runs nested in it stay."""
 
     def copy(folder: Path) -> None:
         folder.mkdir()
@@ -105,6 +118,8 @@ def copy_run(source: Path, target: Path) -> None:
                 (folder / f"{path.name}.gz").write_bytes(packed)
             else:
                 shutil.copyfile(path, folder / path.name)
+        for nested in (record.parent for record in target.glob("[!.]*/run.json")):
+            shutil.copytree(nested, folder / nested.name)
 
     atomic_write(target, copy)
 

@@ -24,19 +24,28 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from utils.arms.policies import ARMS as POLICY_ARMS
-from utils.arms.policies import policy_profile
+from utils.arms.policies import policy_folder, policy_profile
 from utils.arms.rewards import ARMS, arm_profile
 from utils.config import Profile, runs_dir
 from utils.experiments.environment import quiet
 from utils.experiments.judge import member_profile, member_runs
 from utils.experiments.pipeline import load_sft, open_stage, prepared_data, stage_config
-from utils.experiments.publish import copy_run, read_record
+from utils.experiments.publish import copy_run, finished, read_record, run_folders
 from utils.experiments.storage import Run
-from utils.files import RESULTS, ResultsError, atomic_write, read_json, read_jsonl, write_json
+from utils.files import (
+    RESULTS,
+    ResultsError,
+    atomic_write,
+    read_json,
+    read_jsonl,
+    run_label,
+    write_json,
+)
 from utils.reinforce.checkpoints import load_adapter
 from utils.rewards.ensemble import FOLDS, Judge, Member, judge_folds
 from utils.rewards.model import RewardModel
 from utils.statistics.probes import probe_pairs, run_probes
+from utils.statistics.published_runs import PROFILE
 
 MODELS = RESULTS / "models"
 INDEX = MODELS / "index.json"
@@ -45,8 +54,6 @@ INDEX = MODELS / "index.json"
 CHOSEN = {"scalar": ("margin_light", 0), "ordinal": ("pairwise_light", 0)}
 NAMES = (*CHOSEN, "judge")
 POLICIES = "policies"  # the index's entry for aligned policies, by arm
-RUNS = ("rm_*", "judge_*", "probes", "trial_*", "sft_*", "scale_*")
-RUNS += ("align_*", "average_*", "scaled_*", "validation_*", "test_*")
 
 
 def load_published(name: str) -> RewardModel | Judge:
@@ -108,10 +115,9 @@ def main() -> None:
         print(f"{name}: {'published' if name in index else 'not trained yet'}")
     if any(name in index for name in NAMES):
         probe_stage(base, [name for name in NAMES if name in index])
-    records = [path for kind in RUNS for path in source.glob(f"{kind}/run.json")]
-    done = [p.parent for p in records if "@" not in p.parent.name and _finished(p.parent)]
-    for run in sorted(done):
-        copy_run(run, RESULTS / f"cpu-{run.name}")
+    done = [run for run in run_folders(source) if finished(run)]
+    for run in done:
+        copy_run(run, RESULTS / PROFILE / run.relative_to(source))
     print(f"published {len(done)} runs")
 
 
@@ -119,12 +125,12 @@ def probe_stage(profile: Profile, names: Iterable[str]) -> Run:
     """Probe published reward models on the test prompts: a `probes.csv` of all, by `series`."""
     sums = published_sums(names)
     config = stage_config(profile, ("data", "model", "evaluation"), models=sums)
-    run, finished = open_stage(profile, "probes", config)
-    if finished:
+    run, done = open_stage(profile, "controls/probes", config)
+    if done:
         return run
     pairs, tables = probe_pairs(prepared_data(profile), "test"), []
     for name in sums:
-        print(f"[probes] scoring {name}", flush=True)
+        print(f"[{run.label}] scoring {name}", flush=True)
         model = load_published(name)
         table = run_probes(model.score, pairs, profile.evaluation.bootstrap_samples)
         tables.append(table.assign(series=name))
@@ -138,33 +144,33 @@ def _entries(source: Path, name: str) -> list[dict[str, Any]]:
     """Publish the adapters behind a name and return their entries; none if one is not trained."""
     if name in CHOSEN:
         arm, seed = CHOSEN[name]
-        wanted = {name: (source / f"rm_{arm}_s{seed}", {"arm": arm, "seed": seed})}
+        run = source / "reward_models" / arm / f"seed{seed}"
+        wanted = {name: (run, {"arm": arm, "seed": seed})}
     else:
         wanted = {
-            run: (source / run, {"arm": arm, "seed": seed, "fold": fold})
-            for run, (arm, seed, fold) in member_runs().items()
+            f"judge_{arm}_f{fold}": (
+                source / "ensemble" / member,
+                {"arm": arm, "seed": seed, "fold": fold},
+            )
+            for member, (arm, seed, fold) in member_runs().items()
         }
-    if not all(_finished(run) for run, _ in wanted.values()):
+    if not all(finished(run) for run, _ in wanted.values()):
         return []
     return [_publish(run, file, **facts) for file, (run, facts) in wanted.items()]
 
 
-def _finished(run: Path) -> bool:
-    return read_record(run / "run.json").get("status") == "finished"
-
-
 def _aligned(source: Path, arm: str) -> bool:
-    run = source / f"align_{arm}_s0"
-    return _finished(run) and (run / "checkpoints").exists()
+    run = source / policy_folder(arm, 0)
+    return finished(run) and (run / "checkpoints").exists()
 
 
 def _policy_entry(source: Path, arm: str) -> dict[str, Any]:
     """Publish the adapter of an arm's first seed and return its entry."""
-    run = source / f"align_{arm}_s0"
+    run = source / policy_folder(arm, 0)
     policy, _ = load_sft(policy_profile(arm, 0))
     load_adapter(run, policy)
     file = _write(f"policy_{arm}", get_peft_model_state_dict(policy))
-    return {"arm": arm, "seed": 0, **file, "run": f"cpu-{run.name}"}
+    return {"arm": arm, "seed": 0, **file, "run": f"{PROFILE}/{run_label(run)}"}
 
 
 def _publish(run: Path, name: str, **facts: Any) -> dict[str, Any]:
@@ -172,7 +178,7 @@ def _publish(run: Path, name: str, **facts: Any) -> dict[str, Any]:
     file = _write(name, load_file(run / "adapter" / "adapter_model.safetensors"))
     rewards = torch.tensor([row["reward"] for row in read_jsonl(run / "samples.jsonl")])
     scale = {"mean": rewards.mean().item(), "std": rewards.std().item()}
-    return {**facts, **file, "run": f"cpu-{run.name}", **scale}
+    return {**facts, **file, "run": f"{PROFILE}/{run_label(run)}", **scale}
 
 
 def _write(name: str, state: Mapping[str, Tensor]) -> dict[str, str]:

@@ -146,7 +146,7 @@ def run(paths: Sequence[Path], profile: str, root: Path) -> None:
     """
     folder, started = root / "runs" / profile, time.monotonic()
     cost = read_record(folder / "cost.json")
-    known = read_record(root / "results" / f"{profile}-cost.json") | cost
+    known = read_record(root / "results" / profile / "cost.json") | cost
     for number, path in enumerate(paths, 1):
         left = [known.get(rest.stem, {}).get("seconds") for rest in paths[number - 1 :]]
         about = "" if None in left else f", at most {sum(left) / 60:.1f} left"

@@ -18,6 +18,7 @@ from utils.files import (
     append_csv,
     atomic_write,
     read_json,
+    run_label,
     set_aside,
     write_json,
 )
@@ -42,7 +43,7 @@ class Run(RunFolder):
             self._before = self.info["seconds"]
             return
         self.info = {
-            "name": directory.name,
+            "name": self.label,
             "status": "running",
             "config": dict(config),
             "config_hash": config_hash(config),
@@ -104,7 +105,7 @@ def prepare(directory: Path, config: Mapping[str, Any]) -> str:
     Raises:
         FolderInUse: if another process writes into the folder.
     """
-    label, info, damage = f"[{directory.name}]", {}, None
+    label, info, damage = f"[{run_label(directory)}]", {}, None
     try:
         info = read_json(directory / "run.json")
         if not isinstance(info, dict) or not {"config", "config_hash", "started"} <= set(info):

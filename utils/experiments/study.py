@@ -3,9 +3,9 @@
     python -m utils.experiments.study  # all arms and seeds that are not there yet
     python -m utils.experiments.study margin pairwise:1  # an arm with all its seeds, one seed of an
 
-A finished arm lands in runs/cpu/rm_<arm>_s<seed>; one that was stopped goes on from its last
-checkpoint. `python -m utils.experiments.published` copies what is there into results/, `make study`
-does both.
+A finished arm lands in runs/cpu/reward_models/<arm>/seed<seed>; one that was stopped goes on from
+its last checkpoint. `python -m utils.experiments.published` copies what is there into results/,
+`make study` does both.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def study_stage(name: str, seed: int) -> Run:
     """Train an arm with one seed and score the test pairs, or find it done."""
     profile = arm_profile(name, seed)
     config = stage_config(profile, REWARD_FIELDS, kind=ARMS[name].kind)
-    run, finished = open_stage(profile, f"rm_{name}_s{seed}", config)
+    run, finished = open_stage(profile, f"reward_models/{name}/seed{seed}", config)
     if not finished:
         data = prepared_data(profile)
         groups, pairs = data.groups_of("train"), data.pairs("test")
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for one in [int(seed)] if seed else ARMS[name].seeds:
             run = study_stage(name, one)
             accuracy = run.info["metrics"]["accuracy"]["value"]
-            print(f"[{run.directory.name}] accuracy on the test pairs {accuracy:.3f}", flush=True)
+            print(f"[{run.label}] accuracy on the test pairs {accuracy:.3f}", flush=True)
 
 
 if __name__ == "__main__":

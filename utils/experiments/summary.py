@@ -42,9 +42,9 @@ BLIND_METRICS = {
     "echo_share": "echo_share",
 }
 RATED = {
-    "align_scalar": "scalar_s0",
-    "align_ordinal": "ordinal_s0",
-    "average_scalar": "scalar_average",
+    "align_scalar": ("scalar_s0", "scalar/seed0"),
+    "align_ordinal": ("ordinal_s0", "ordinal/seed0"),
+    "average_scalar": ("scalar_average", "scalar_average"),
 }
 RULE_COUNTS = {"accuracy": "n", "model_pairs": "model_pairs_n"}
 
@@ -74,7 +74,7 @@ def _reward_models(results: Path) -> dict[str, dict[str, Any]]:
     arms = {kind: arm for kind, (arm, _) in CHOSEN.items()}
     arms |= {f"{kind}_references": arm for kind, arm in WITH_REFERENCES.items()}
     for model, arm in arms.items():
-        row, run = study.loc[arm], f"cpu-rm_{arm}"
+        row, run = study.loc[arm], f"cpu/reward_models/{arm}"
         for name, column in METRICS.items():
             count = numbers.get(column, numbers["accuracy"])
             entry = _entry({**named_interval(row, column), "n": count}, run, row["seeds"])
@@ -89,7 +89,7 @@ def _reward_models(results: Path) -> dict[str, dict[str, Any]]:
             {**named_interval(row, column), "n": row[RULE_COUNTS[column]]}, "09_rules"
         )
     row = _table(results, "09_judge", "judge", "pairs").loc[("judge", "all pairs")]
-    found["judge.accuracy"] = _entry(row.to_dict(), "cpu-judge")
+    found["judge.accuracy"] = _entry(row.to_dict(), "cpu/ensemble")
     return found
 
 
@@ -99,7 +99,7 @@ def _policies(results: Path) -> dict[str, dict[str, Any]]:
     lengths = _table(results, "06_length", "policy", "reward", "method")
     found = {}
     for arm in HEADLINE:
-        row, run = table.loc[arm], f"cpu-align_{arm}"
+        row, run = table.loc[arm], f"cpu/policies/{arm}"
         columns = {"gain_sd": f"gain_{arm}"} | POLICY_METRICS
         values = {name: named_interval(row, column) for name, column in columns.items()}
         values["length_matched_gain"] = lengths.loc[(arm, "judge", "length")].to_dict()
@@ -115,24 +115,25 @@ def _readings(results: Path) -> dict[str, dict[str, Any]]:
     return {
         f"{model}.{name}": _entry(
             {**named_interval(table.loc[policy], column), "n": table.loc[policy, "n"]},
-            f"cpu-test_{policy}",
+            f"cpu/policies/{folder}/test",
         )
-        for model, policy in RATED.items()
+        for model, (policy, folder) in RATED.items()
         for name, column in BLIND_METRICS.items()
     }
 
 
 def _cost(results: Path) -> dict[str, dict[str, Any]]:
-    cost = read_json(results / f"{PROFILE}-cost.json")
-    metrics = pd.read_csv(results / f"{PROFILE}-align_scalar" / "metrics.csv")
-    training = pd.read_csv(results / f"{PROFILE}-reward_scalar" / "metrics.csv")
+    folder = results / PROFILE
+    cost = read_json(folder / "cost.json")
+    metrics = pd.read_csv(folder / "policies" / "scalar" / "seed0" / "metrics.csv")
+    training = pd.read_csv(folder / "reward_models" / "scalar" / "seed0" / "metrics.csv")
     values = {
         "run_quick_minutes": sum(entry["seconds"] for entry in cost.values()) / 60,
         "step_seconds": metrics["seconds"].median(),
         "reward_model_minutes": training["seconds"].sum() / 60,
         "peak_rss_gb": max(entry["peak_rss_gb"] for entry in cost.values()),
     }
-    run = f"{PROFILE}-cost"
+    run = f"{PROFILE}/cost.json"
     return {f"cost.{name}": _entry({"value": v, "n": 1}, run) for name, v in values.items()}
 
 

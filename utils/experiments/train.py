@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _, run = reward_stage(options.kind, profile)
         else:
             _, _, run = align_stage(options.kind, profile, monitor=_show)
-        print(f"[{run.directory.name}] finished, in runs/{profile.name}/{run.directory.name}")
+        print(f"[{run.label}] finished, in runs/{profile.name}/{run.label}")
 
 
 def _show(row: dict[str, Any], *_: Any) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
-from utils.files import ROOT, ResultsError, atomic_write, set_aside
+from utils.files import ROOT, ResultsError, atomic_write, run_label, set_aside
 from utils.models.tensors import Damaged, read_tensors
 from utils.reinforce.baselines import NoBaseline
 
@@ -53,12 +53,12 @@ def load_checkpoint(
             state = read_tensors(path)
         except Damaged as error:
             kept = set_aside(path, f"damaged-{path.name}")
-            print(f"[{directory.name}] {error}; set aside as {kept.name}")
+            print(f"[{run_label(directory)}] {error}; set aside as {kept.name}")
             continue
         set_peft_model_state_dict(policy, state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
         baseline.load_state_dict(state["baseline"])
-        print(f"[{directory.name}] goes on after step {state['step']}")
+        print(f"[{run_label(directory)}] goes on after step {state['step']}")
         return state["step"]
     return 0
 
@@ -69,10 +69,10 @@ def load_adapter(directory: Path, policy: PeftModel, adapter: str = "default") -
     Raises:
         ResultsError: if the run has no checkpoint, or the last one is damaged or cannot be read.
     """
-    remedy = f"remove the folder {directory.name} of this run and train the policy again"
+    remedy = f"remove the folder {run_label(directory)} of this run and train the policy again"
     newest = _all(directory)
     if not newest:
-        raise ResultsError(f"{directory.name} has no checkpoint; {remedy}")
+        raise ResultsError(f"{run_label(directory)} has no checkpoint; {remedy}")
     try:
         state = read_tensors(newest[-1])
     except Damaged as error:

@@ -192,7 +192,7 @@ def _rollout(
 def _check(row: dict[str, Any], config: ReinforceConfig, run: RunLog) -> None:
     """Stop a run that cannot recover, before it writes a checkpoint of the damage."""
     kept = last_checkpoint(run.directory)
-    where = f"[{run.directory.name}] step {row['step']}:"
+    where = f"[{run.label}] step {row['step']}:"
     for name in ("reward", "kl", "loss", "grad_norm"):
         if row[name] is not None and not math.isfinite(row[name]):
             raise TrainingStopped(f"{where} {name} is {row[name]}; lower the learning rate. {kept}")
@@ -233,5 +233,5 @@ def _end_within_budget(
             f"eval_kl {row['eval_kl']:.2f} at step {row['step']} is above reinforce.kl_budget = "
             f"{config.kl_budget}; the policy is that of step {kept}"
         )
-        print(f"[{run.directory.name}] {ended}", flush=True)
+        print(f"[{run.label}] {ended}", flush=True)
         run.save(ended=ended)

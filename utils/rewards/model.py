@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.config import Profile
-from utils.files import atomic_write
+from utils.files import atomic_write, run_label
 from utils.models.body import compute_dtype, device, load_reward_base
 from utils.models.memory import BatchSize
 from utils.models.weights import ModelError, encode_dialogue, load_tokenizer, pad_right
@@ -67,7 +67,7 @@ class RewardModel:
             state = load_file(directory / "adapter" / name)
         except Exception as error:
             raise ModelError(
-                f"{directory.name}: the saved adapter cannot be read: {error}"
+                f"{run_label(directory)}: the saved adapter cannot be read: {error}"
             ) from error
         if adapted:
             set_peft_model_state_dict(reward_model.model, state)

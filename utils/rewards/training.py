@@ -58,7 +58,7 @@ class _Progress(TrainerCallback):
         if state.global_step % 10 == 0 or state.global_step == self.steps:
             left = (self.steps - state.global_step) * (self.last - now)
             print(
-                f"[{self.run.directory.name}] step {state.global_step}/{self.steps} "
+                f"[{self.run.label}] step {state.global_step}/{self.steps} "
                 f"loss {logs['loss']:.3f} accuracy {logs['accuracy']:.2f}, about {left:.0f} s left",
                 flush=True,
             )
@@ -79,7 +79,7 @@ def train_reward_model(
         run: the run to log to.
     """
     size = profile.reward.micro_groups or MICRO_GROUPS
-    micro = BatchSize(f"{run.directory.name}, groups in one pass", size)
+    micro = BatchSize(f"{run.label}, groups in one pass", size)
     return micro.run(lambda size: _train(kind, profile, groups, run, size))
 
 

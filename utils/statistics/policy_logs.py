@@ -6,14 +6,13 @@ Held-out rows are those with `eval_reward`, on the validation prompts; step 0 is
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from utils.arms.policies import ARMS, BASELINES, HEADLINE, SEEDS, SETTINGS, TRIALS
+from utils.arms.policies import ARMS, BASELINES, HEADLINE, SEEDS, SETTINGS, TRIALS, policy_folder
 from utils.files import ResultsError
 from utils.statistics.published_runs import PROFILE, finished_run, seed_runs
 
@@ -36,7 +35,7 @@ _AVERAGES = ["arm", "seeds", "scale", "chosen", "kl", "sqrt_kl", "reward", "judg
 
 
 def training_logs(results: Path, *arms: str) -> dict[str, dict[int, pd.DataFrame]]:
-    """Return the logs of each arm's runs, the folders `cpu-align_<arm>_s<seed>`, by seed.
+    """Return the logs of each arm's runs, the folders `policies/<arm>/seed<seed>`, by seed.
 
     Each has one more column, `max_grad_norm`, the limit that the run was trained with.
 
@@ -47,7 +46,7 @@ def training_logs(results: Path, *arms: str) -> dict[str, dict[int, pd.DataFrame
     return {
         arm: {
             seed: run.metrics().assign(max_grad_norm=run.info["config"][limit])
-            for seed, run in seed_runs(results, f"align_{arm}").items()
+            for seed, run in seed_runs(results, f"policies/{arm}").items()
         }
         for arm in arms
     }
@@ -78,7 +77,7 @@ def held_out_rows(log: pd.DataFrame) -> pd.DataFrame:
 
 
 def trial_table(results: Path) -> pd.DataFrame:
-    """Return the last held-out row of each trial, the folders `cpu-trial_<name>`.
+    """Return the last held-out row of each trial, the folders `sweeps/<name>`.
 
     The run with the chosen settings is a policy of the study, the headline arm's first seed: it is
     the last row.
@@ -89,12 +88,16 @@ def trial_table(results: Path) -> pd.DataFrame:
     """
     tried = sorted({field for changes in TRIALS.values() for field in changes})
     rows = []
-    first = f"{PROFILE}-align_{HEADLINE[0]}_s{SEEDS[0]}"
-    for path in [*sorted(results.glob(f"{PROFILE}-trial_*")), *results.glob(first)]:
+    arm, seed = HEADLINE[0], SEEDS[0]
+    folders = {name: f"sweeps/{name}" for name in sorted(TRIALS)}
+    folders |= {f"align_{arm}_s{seed}": policy_folder(arm, seed)}
+    for name, folder in folders.items():
+        if not (path := results / PROFILE / folder).exists():
+            continue
         run = finished_run(path)
         own = {field: run.info["config"][field] for field in tried}
         chosen = all(own[field] == SETTINGS[field] for field in tried)
-        row = {"trial": re.sub(f"^{PROFILE}-(trial_)?", "", path.name), **own, "chosen": chosen}
+        row = {"trial": name, **own, "chosen": chosen}
         rows.append(row | dict(held_out_rows(run.metrics()).iloc[-1].reindex(_TRIAL)))
     return pd.DataFrame(rows, columns=["trial", *tried, "chosen", *_TRIAL])
 
@@ -164,7 +167,7 @@ def frontier_table(logs: Logs) -> pd.DataFrame:
         for seed, log in own.items():
             if "eval_judge" not in log:
                 raise ResultsError(
-                    f"{PROFILE}-align_{arm}_s{seed} was not evaluated by the judge while it was "
+                    f"{policy_folder(arm, seed)} was not evaluated by the judge while it was "
                     "trained: train it again with `python -m utils.experiments.policy_study "
                     f"{arm}:{seed}` and publish it"
                 )
@@ -178,7 +181,7 @@ def frontier_table(logs: Logs) -> pd.DataFrame:
 def average_table(results: Path) -> pd.DataFrame:
     """Return the held-out rows of the averages of seeds, and of a seed that is only scaled.
 
-    They are in the folders `cpu-average_<arm>` and `cpu-scaled_<arm>`.
+    They are in the folders `sweeps/average_<arm>` and `sweeps/scaled_<arm>`.
 
     Returns:
         A row per arm, number of `seeds` and scale: arm, seeds, scale, `chosen`, and the held-out
@@ -186,7 +189,8 @@ def average_table(results: Path) -> pd.DataFrame:
     """
     rows = []
     for arm in ARMS:
-        for path in (results / f"{PROFILE}-{kind}_{arm}" for kind in ("average", "scaled")):
+        for kind in ("average", "scaled"):
+            path = results / PROFILE / "sweeps" / f"{kind}_{arm}"
             if path.exists():
                 run = finished_run(path)
                 table = run.metrics().rename(columns=_HELD_OUT)

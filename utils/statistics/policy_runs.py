@@ -23,7 +23,7 @@ _AGAIN = "evaluate it again with `python -m utils.experiments.policy_study tests
 
 
 def policy_frames(results: Path) -> dict[str, pd.DataFrame]:
-    """Return the published evaluations on the test prompts, the folders `cpu-test_<policy>`.
+    """Return the published evaluations on the test prompts, see `_evaluations`.
 
     Returns:
         By policy, the SFT model first: the rows of its `samples.jsonl` with its `temperature`.
@@ -34,8 +34,7 @@ def policy_frames(results: Path) -> dict[str, pd.DataFrame]:
         ResultsError: naming an evaluation that is not finished, lacks a reward, or was made on
             other prompts, samples or scales than that of the SFT model.
     """
-    paths = {p.name.removeprefix(f"{PROFILE}-test_"): p for p in results.glob(f"{PROFILE}-test_*")}
-    paths = {name: path for name, path in sorted(paths.items()) if "@" not in name}
+    paths = dict(sorted(_evaluations(results / PROFILE).items()))
     if not arms_of(paths) or not {*CONTROLS} <= {*paths}:
         return {}
     names = [BASE, *(name for name in paths if name != BASE)]
@@ -47,13 +46,13 @@ def policy_frames(results: Path) -> dict[str, pd.DataFrame]:
         wanted = prompts.loc[prompts.index.repeat(each)].reset_index(drop=True)
         if not frame[_PROMPT].equals(wanted):
             raise ResultsError(
-                f"{paths[BASE].name} and {paths[name].name} have other prompts, another order of "
+                f"{runs[BASE].label} and {runs[name].label} have other prompts, another order of "
                 f"them or another number of samples, and do not compare: {_AGAIN}"
             )
         scales = [runs[policy].info.get("scales") for policy in (BASE, name)]
         if scales[0] != scales[1]:
             raise ResultsError(
-                f"{paths[BASE].name} and {paths[name].name} measured rewards on different scales "
+                f"{runs[BASE].label} and {runs[name].label} measured rewards on different scales "
                 f"({scales[0]} and {scales[1]}) and do not compare: {_AGAIN}"
             )
     return frames
@@ -177,9 +176,24 @@ def extremes(
 _SEEDED = re.compile(r"(.+)_s(\d+)")  # an arm and its seed; `scalar_s0_greedy` is a control
 
 
+def _evaluations(folder: Path) -> dict[str, Path]:
+    """Return where the evaluations of policies are, by the names that tables give these.
+
+    Those of `policies/scalar/seed0/test`, `policies/scalar/seed0/test_greedy`,
+    `policies/scalar_average/test` and `controls/sft/test` are `scalar_s0`, `scalar_s0_greedy`,
+    `scalar_average` and `sft`.
+    """
+    found = {path.parent.name: path for path in folder.glob("controls/*/test")}
+    found |= {path.parent.name: path for path in folder.glob(f"policies/*_{AVERAGE}/test")}
+    for path in folder.glob("policies/*/seed*/test*"):
+        arm, seed, test = path.parts[-3:]
+        found[f"{arm}_s{seed.removeprefix('seed')}{test.removeprefix('test')}"] = path
+    return {name: path for name, path in found.items() if "@" not in name}  # not what is set aside
+
+
 def _rows(run: RunFolder) -> pd.DataFrame:
     frame = pd.DataFrame(read_jsonl(run.directory / "samples.jsonl"))
     if missing := [name for name in REWARDS if f"reward_{name}" not in frame]:
-        raise ResultsError(f"{run.directory.name} lacks the reward of {missing}: {_AGAIN}")
+        raise ResultsError(f"{run.label} lacks the reward of {missing}: {_AGAIN}")
     frame["kl"] = frame["kl"].astype(float)  # null where it was not measured
     return frame.assign(temperature=run.info["config"]["temperature"])

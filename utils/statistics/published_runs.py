@@ -1,4 +1,4 @@
-"""What both studies ask of a published run: that it is finished, and of the seed in its name."""
+"""What both studies ask of a published run: that it is finished, and of the seed in its path."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from utils.files import ResultsError, RunFolder
 
-PROFILE = "cpu"  # the profile that the arms vary; it starts the names of their folders
+PROFILE = "cpu"  # the profile that the arms vary; their folders are below results/cpu
 
 
 def finished_run(path: Path, seed: int | None = None) -> RunFolder:
@@ -20,23 +20,27 @@ def finished_run(path: Path, seed: int | None = None) -> RunFolder:
     info = run.info
     if info["status"] != "finished":
         raise ResultsError(
-            f"{path.name} is not finished, its status is {info['status']!r}: let it finish and "
+            f"{run.label} is not finished, its status is {info['status']!r}: let it finish and "
             "publish it again, or remove its folder"
         )
     if seed not in (None, info["seed"]):
         raise ResultsError(
-            f"{path.name} was trained with seed {info['seed']}: name its folder after that "
+            f"{run.label} was trained with seed {info['seed']}: name its folder after that "
             f"seed, or publish the run with seed {seed}"
         )
     return run
 
 
 def seed_runs(results: Path, name: str) -> dict[int, RunFolder]:
-    """Return the runs in the folders `cpu-<name>_s<seed>`, by seed; empty if there is none.
+    """Return the runs in the folders `seed<seed>` of results/cpu/<name>, by seed; maybe none.
+
+    Args:
+        results: the folder of published runs.
+        name: of the arm's folder, such as `policies/scalar`.
 
     Raises:
         ResultsError: if a run is not finished, or has another seed than its name says.
     """
-    pattern = re.compile(rf"{PROFILE}-{re.escape(name)}_s(\d+)")
-    found = {int(m[1]): path for path in results.glob("*") if (m := pattern.fullmatch(path.name))}
+    paths = (results / PROFILE / name).glob("seed*")
+    found = {int(m[1]): path for path in paths if (m := re.fullmatch(r"seed(\d+)", path.name))}
     return {seed: finished_run(path, seed) for seed, path in sorted(found.items())}

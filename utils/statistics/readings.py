@@ -101,7 +101,7 @@ def rated_answers(readings: pd.DataFrame, frames: Frames) -> pd.DataFrame:
         raise DataError(
             f"prompt {row['prompt_id']}: the rated answer of {row['policy']} is not the published "
             f"one, nor are {len(wrong) - 1} others; expected the first sample of each prompt in "
-            "the folders `cpu-test_*`, whose ratings these are"
+            "the published evaluations, whose ratings these are"
         )
     return table.drop(columns="read")
 

@@ -107,8 +107,8 @@ def difference_table(
     found = study_arms(results, [reference, *arms], pairs)
     if reference not in found:
         raise ResultsError(
-            f"the reference arm {reference!r} has no run: publish {PROFILE}-rm_{reference}_s0, or "
-            "choose a reference that has one"
+            f"the reference arm {reference!r} has no run: publish "
+            f"reward_models/{reference}/seed0, or choose a reference that has one"
         )
     base = found.pop(reference)
     rows = [

@@ -42,12 +42,12 @@ class ArmRuns(NamedTuple):
 
 
 def study_runs(results: Path, arm: str) -> list[RunFolder]:
-    """Return an arm's runs, the folders `cpu-rm_<arm>_s<seed>`, by seed; empty if it has none.
+    """Return an arm's runs, the folders `reward_models/<arm>/seed<seed>`, by seed; maybe none.
 
     Raises:
         ResultsError: if a run is not finished, or has another seed than its name says.
     """
-    return [*seed_runs(results, f"rm_{arm}").values()]
+    return [*seed_runs(results, f"reward_models/{arm}").values()]
 
 
 def study_arms(
@@ -78,7 +78,7 @@ def study_arms(
         prints = [r.info["config"]["data.fingerprint"] for r in (other, run)]
         if prints[0] != prints[1]:
             raise ResultsError(
-                f"{other.directory.name} and {run.directory.name} were trained on different data "
+                f"{other.label} and {run.label} were trained on different data "
                 f"(fingerprints {prints[0]} and {prints[1]}) and do not compare: train both on the "
                 "same and publish them again, or leave one out"
             )
@@ -103,7 +103,7 @@ def seed_frames(runs: Sequence[RunFolder], pairs: Sequence[Pair]) -> list[pd.Dat
     for run, frame in zip(runs, frames, strict=True):
         if not frame[same].equals(frames[0][same]):
             raise ResultsError(
-                f"{runs[0].directory.name} and {run.directory.name} scored different responses and "
+                f"{runs[0].label} and {run.label} scored different responses and "
                 "do not compare: score both on the same test pairs and publish them again"
             )
     texts = [(pair.chosen.text, pair.rejected.text) for pair in pairs]
@@ -125,6 +125,6 @@ def pair_frame(runs: Sequence[RunFolder], pairs: Sequence[Pair]) -> pd.DataFrame
 
 def _other_pairs(run: RunFolder) -> str:
     return (
-        f"{run.directory.name} scored other responses than those of the test pairs: use the data "
+        f"{run.label} scored other responses than those of the test pairs: use the data "
         "that it was trained on, or train it again and publish it"
     )
