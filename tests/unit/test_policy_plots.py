@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 from utils.arms.policies import ARMS
 from utils.plots import policies as policy_plots
 from utils.plots import style as look
+from utils.plots import training
 
 
 def metrics(shift: float = 0.0, steps: int = 16, start: float = 0.1) -> pd.DataFrame:
@@ -142,9 +143,9 @@ def categories(*names: str) -> pd.DataFrame:
 
 
 FIGURES: dict[str, Callable[[], Figure]] = {
-    "policy_curves": lambda: policy_plots.policy_curves(logs(scalar=[metrics()]), "t"),
-    "baselines_figure": lambda: policy_plots.baselines_figure(logs(scalar=[metrics()]), "t"),
-    "frontier": lambda: policy_plots.frontier(curve("scalar"), picks(), averages("scalar"), "t"),
+    "policy_curves": lambda: training.policy_curves(logs(scalar=[metrics()]), "t"),
+    "baselines_figure": lambda: training.baselines_figure(logs(scalar=[metrics()]), "t"),
+    "frontier": lambda: training.frontier(curve("scalar"), picks(), averages("scalar"), "t"),
     "policy_bars": lambda: policy_plots.policy_bars(policies("scalar"), "judge", "t"),
     "win_bars": lambda: policy_plots.win_bars(policies("scalar"), "t"),
     "length_figure": lambda: policy_plots.length_figure(
@@ -197,11 +198,17 @@ def test_every_figure_draws_and_names_its_axes(name: str):
 
 
 def test_every_figure_is_tested():
-    assert set(policy_plots.__all__) == set(FIGURES)
+    made = {
+        name
+        for module in (policy_plots, training)
+        for name, value in vars(module).items()
+        if getattr(value, "__module__", "") == module.__name__ and not name.startswith("_")
+    }
+    assert made == set(FIGURES)
 
 
 def test_curves_are_means_of_the_seeds_with_their_range():
-    figure = policy_plots.policy_curves(logs(scalar=[metrics(0), metrics(1), metrics(5)]), "t")
+    figure = training.policy_curves(logs(scalar=[metrics(0), metrics(1), metrics(5)]), "t")
     by_title = {ax.get_title("left"): ax for ax in figure.axes}
     baseline = by_title["baseline, SFT sd"]
     (mean,) = thick(baseline)
@@ -218,7 +225,7 @@ def test_curves_are_means_of_the_seeds_with_their_range():
 
 def test_baselines_side_by_side():
     runs = logs(scalar=[metrics(), metrics(2)], scalar_ema=[metrics(3)], scalar_none=[])
-    figure = policy_plots.baselines_figure(runs, "t")
+    figure = training.baselines_figure(runs, "t")
     titles = ["held-out reward, SFT sd", "sd of advantages, SFT sd", "gradient norm"]
     assert [ax.get_title("left") for ax in figure.axes] == titles
     first, second = thick(figure.axes[0])
@@ -229,7 +236,7 @@ def test_baselines_side_by_side():
 
 def test_the_frontier_starts_at_sft():
     shown = averages("scalar", "ordinal")
-    figure = policy_plots.frontier(curve("scalar", seeds=3), picks(), shown, "t")
+    figure = training.frontier(curve("scalar", seeds=3), picks(), shown, "t")
     (ax,) = figure.axes
     (own,), (judge,) = thick(ax), thick(ax, "--")
     assert own.get_xydata() == pytest.approx(np.array([[0, 0], [1, 0.7], [2, 1.1]]))

@@ -168,7 +168,7 @@ def test_one_step_by_hand(tmp_path):
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
     batch = step_prompts(PROMPTS, 1, 5, 0)
-    drawn = reinforce._rollout(policy, tokenizer, batch, range(5), CONFIG, 0)
+    drawn = reinforce._rollout(policy, tokenizer, batch, range(5), CONFIG, 0, rollout.DECODED)
     advantages = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0])
     log_probs = []
     for prompt, completion in zip(drawn.prompt_ids, drawn.completion_ids, strict=True):
@@ -195,7 +195,7 @@ def test_one_step_by_hand(tmp_path):
 
 def test_the_gradient_is_clipped_and_its_norm_logged_before(tmp_path):
     policy, tokenizer = quick_policy(), words()
-    drawn = reinforce._rollout(policy, tokenizer, PROMPTS, range(5), CONFIG, 0)
+    drawn = reinforce._rollout(policy, tokenizer, PROMPTS, range(5), CONFIG, 0, rollout.DECODED)
     before = {name: p.detach().clone() for name, p in trained(policy).items()}
     config = dataclasses.replace(CONFIG, max_grad_norm=1e-2)
     optimizer = torch.optim.SGD(trained(policy).values())
