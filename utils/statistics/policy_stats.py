@@ -34,6 +34,11 @@ def paired_gains(
     return prompt_means(policies, gaps)
 
 
+def win_shares(gap: np.ndarray | pd.Series) -> np.ndarray | pd.Series:
+    """Return 1 where a gap is above zero and a half where it is zero: only equal values tie."""
+    return (gap > 0) + (gap == 0) / 2
+
+
 def outcomes(policy: pd.DataFrame, base: pd.DataFrame, column: str) -> pd.DataFrame:
     """Say of each row whether the policy's completion wins, ties or loses against the base's.
 
@@ -44,8 +49,7 @@ def outcomes(policy: pd.DataFrame, base: pd.DataFrame, column: str) -> pd.DataFr
     """
     gap = policy[column].to_numpy() - base[column].to_numpy()
     found = {"win": gap > 0, "tie": gap == 0, "loss": gap < 0}
-    table = pd.DataFrame(found).astype(float)
-    return table.assign(win_rate=table["win"] + table["tie"] / 2)
+    return pd.DataFrame(found).astype(float).assign(win_rate=win_shares(gap))
 
 
 def pick_weights(scores: np.ndarray, n: int) -> np.ndarray:

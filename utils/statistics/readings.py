@@ -24,6 +24,7 @@ from utils.statistics.bootstrap import (
     percentile_interval,
 )
 from utils.statistics.policy_runs import BASE, BEST, POOL, REWARDS, Frames, frame_of
+from utils.statistics.policy_stats import win_shares
 
 PICKED = "sft_best_of_16"  # of a prompt's SFT samples the one with the highest scalar reward
 # The rated policies, and of what sort they are.
@@ -128,8 +129,8 @@ def policy_readings(rated: pd.DataFrame, samples: int) -> pd.DataFrame:
         values = {"rating": rating[policy]}
         for ending, rival in RIVALS.items():
             gap = rating[policy] - rating[rival]
-            values |= {f"gain{ending}": gap, f"win_rate{ending}": _wins(gap)}
-        values["judge_win_rate"] = _wins(judge[policy] - judge[BASE])
+            values |= {f"gain{ending}": gap, f"win_rate{ending}": win_shares(gap)}
+        values["judge_win_rate"] = win_shares(judge[policy] - judge[BASE])
         values |= {"echo_share": echo[policy], "echo_gain": echo[policy] - echo[BASE]}
         values["good_share"] = rating[policy] >= GOOD
         row: dict[str, Any] = {"policy": policy, "n": len(rating)}
@@ -233,10 +234,6 @@ def _wide(rated: pd.DataFrame, column: str) -> pd.DataFrame:
     return rated.pivot(index="prompt_id", columns="policy", values=column).astype(float)
 
 
-def _wins(gap: pd.Series) -> pd.Series:
-    return (gap > 0) + (gap == 0) / 2
-
-
 def _decided(
     rating: pd.DataFrame, rewards: Mapping[str, pd.DataFrame], first: str, second: str
 ) -> pd.DataFrame:
@@ -245,4 +242,4 @@ def _decided(
     side = side[side != 0]
     gaps = {name: (wide[first] - wide[second])[side.index] for name, wide in rewards.items()}
     gaps["version"] = side * 0 + side.sum()
-    return pd.DataFrame({name: _wins(gap * side) for name, gap in gaps.items()})
+    return pd.DataFrame({name: win_shares(gap * side) for name, gap in gaps.items()})
