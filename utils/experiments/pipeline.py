@@ -20,7 +20,7 @@ from utils.data.pairs import Group, Pair, PreferenceData, drop_long, load_data, 
 from utils.experiments.alignment import align_policy
 from utils.experiments.check import check_config, try_model
 from utils.experiments.storage import Run, prepare
-from utils.files import ResultsError, read_jsonl, write_jsonl
+from utils.files import ResultsError, RunFolder, read_jsonl, write_jsonl
 from utils.models.body import load_policy
 from utils.models.weights import encode_dialogue, encode_prompt, load_tokenizer
 from utils.reinforce.checkpoints import load_adapter
@@ -176,8 +176,7 @@ def align_stage(
     See `align_policy` for what `run.json` then holds.
     """
     with processes().main_process_first():  # what is missing is made once
-        config = stage_config(profile, ALIGN_FIELDS, kind=kind)
-        run, finished = open_stage(profile, policy_folder(kind, profile.seed), config)
+        run, finished = _open_alignment(kind, profile)
         policy, tokenizer = load_sft(profile)
         if finished:
             load_adapter(run.directory, policy)
@@ -191,9 +190,13 @@ def align_stage(
 
 def align_run(kind: str, profile: Profile) -> Run:
     """Return the run of `align_stage`; if it is finished, no model is loaded."""
-    config = stage_config(profile, ALIGN_FIELDS, kind=kind)
-    run, finished = open_stage(profile, policy_folder(kind, profile.seed), config)
+    run, finished = _open_alignment(kind, profile)
     return run if finished else align_stage(kind, profile)[2]
+
+
+def _open_alignment(kind: str, profile: Profile) -> tuple[Run, bool]:
+    config = stage_config(profile, ALIGN_FIELDS, kind=kind)
+    return open_stage(profile, policy_folder(kind, profile.seed), config)
 
 
 def before_and_after(
@@ -210,7 +213,8 @@ def before_and_after(
         Columns prompt, before, after, reward_before, reward_after, in SFT standard deviations.
     """
     reward_model, _ = reward_stage(kind, profile)
-    mean, std = reward_scale(reward_model, profile)
+    aligned = RunFolder(runs_dir(profile) / policy_folder(kind, profile.seed)).info
+    mean, std = aligned["reward_mean"], aligned["reward_std"]  # measured for the training
     chosen = prepared_data(profile).prompts(split)[:prompts]
     temperature = profile.reinforce.temperature
     arguments = (policy, tokenizer, chosen, profile, temperature, {kind: reward_model})
